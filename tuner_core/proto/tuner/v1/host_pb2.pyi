@@ -1,0 +1,93 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Device(_message.Message):
+    __slots__ = ("kind", "model", "arch", "uuid", "sm_count", "driver_version", "target_json")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ARCH_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    SM_COUNT_FIELD_NUMBER: _ClassVar[int]
+    DRIVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_JSON_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    model: str
+    arch: str
+    uuid: str
+    sm_count: int
+    driver_version: str
+    target_json: str
+    def __init__(self, kind: _Optional[str] = ..., model: _Optional[str] = ..., arch: _Optional[str] = ..., uuid: _Optional[str] = ..., sm_count: _Optional[int] = ..., driver_version: _Optional[str] = ..., target_json: _Optional[str] = ...) -> None: ...
+
+class Worker(_message.Message):
+    __slots__ = ("index", "device_uuid", "partition_kind", "sm_percent", "sm_count_seen", "state", "pid", "affinity")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_KIND_FIELD_NUMBER: _ClassVar[int]
+    SM_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    SM_COUNT_SEEN_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    AFFINITY_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    device_uuid: str
+    partition_kind: str
+    sm_percent: int
+    sm_count_seen: int
+    state: str
+    pid: int
+    affinity: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., device_uuid: _Optional[str] = ..., partition_kind: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count_seen: _Optional[int] = ..., state: _Optional[str] = ..., pid: _Optional[int] = ..., affinity: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetHostRequest(_message.Message):
+    __slots__ = ("sm_percent",)
+    SM_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    sm_percent: int
+    def __init__(self, sm_percent: _Optional[int] = ...) -> None: ...
+
+class GetHostResponse(_message.Message):
+    __slots__ = ("instance", "version", "protocol", "tvm_version", "cuda_version", "devices", "workers", "running_jobs", "draining", "store", "partition_kinds", "target_json", "sm_count", "trials_measured")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    TVM_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_JOBS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_KINDS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_JSON_FIELD_NUMBER: _ClassVar[int]
+    SM_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TRIALS_MEASURED_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    version: str
+    protocol: str
+    tvm_version: str
+    cuda_version: str
+    devices: _containers.RepeatedCompositeFieldContainer[Device]
+    workers: _containers.RepeatedCompositeFieldContainer[Worker]
+    running_jobs: _containers.RepeatedScalarFieldContainer[str]
+    draining: bool
+    store: str
+    partition_kinds: _containers.RepeatedScalarFieldContainer[str]
+    target_json: str
+    sm_count: int
+    trials_measured: int
+    def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., running_jobs: _Optional[_Iterable[str]] = ..., draining: _Optional[bool] = ..., store: _Optional[str] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., trials_measured: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("running_jobs",)
+    RUNNING_JOBS_FIELD_NUMBER: _ClassVar[int]
+    running_jobs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, running_jobs: _Optional[_Iterable[str]] = ...) -> None: ...
