@@ -96,11 +96,16 @@ _BY_STATUS: dict[str, type[TunerError]] = {
 }
 
 
-def from_status(code: str, details: str) -> TunerError:
+def from_status(code: str, details: str, name: str = "") -> TunerError:
     """The product's exception for a gRPC status.
 
     Args:
         code: Name of the status code that came back, e.g. ``NOT_FOUND``.
         details: The server's one-line text.
+        name: Class that the server raised, from the ``tuner-error`` trailer: several classes share a status.
     """
-    return _BY_STATUS.get(code, TunerError)(details or code.lower().replace("_", " "))
+    cls = next(
+        (known for known in TunerError.__subclasses__() if known.__name__ == name and known.__module__ == __name__),
+        _BY_STATUS.get(code, TunerError),
+    )
+    return cls(details or code.lower().replace("_", " "))

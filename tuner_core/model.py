@@ -225,14 +225,23 @@ def trial_id(key: RecordKey, trace: str, job: str, verified: bool) -> str:
     Returns:
         sha256, lower-case hex.
     """
-    trace_digest = sha256_hex(canonical_json(json.loads(trace)))
+    return trial_id_of_digest(key, trace_digest(trace), job, verified)
+
+
+def trace_digest(trace: str) -> str:
+    """Digest of a trace given as JSON, independent of key order and spacing."""
+    return sha256_hex(canonical_json(json.loads(trace)))
+
+
+def trial_id_of_digest(key: RecordKey, digest: str, job: str, verified: bool) -> str:
+    """:func:`trial_id` for a trace whose :func:`trace_digest` is known already."""
     parts = [
         key.workload_digest,
         key.target_digest,
         key.device_model,
         key.sm_count,
         key.tvm_version,
-        trace_digest,
+        digest,
         job,
         verified,
     ]
