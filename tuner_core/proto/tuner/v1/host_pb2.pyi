@@ -80,7 +80,7 @@ class GetHostResponse(_message.Message):
     target_json: str
     sm_count: int
     trials_measured: int
-    def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., running_jobs: _Optional[_Iterable[str]] = ..., draining: _Optional[bool] = ..., store: _Optional[str] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., trials_measured: _Optional[int] = ...) -> None: ...
+    def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., running_jobs: _Optional[_Iterable[str]] = ..., draining: bool = ..., store: _Optional[str] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., trials_measured: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

@@ -98,7 +98,7 @@ class Record(_message.Message):
     tags: _containers.ScalarMap[str, str]
     op: str
     description: str
-    def __init__(self, trial_id: _Optional[str] = ..., workload_digest: _Optional[str] = ..., trace_zlib: _Optional[bytes] = ..., target_json: _Optional[str] = ..., target_digest: _Optional[str] = ..., device_model: _Optional[str] = ..., device_arch: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., partition_kind: _Optional[str] = ..., neighbours: _Optional[int] = ..., verified: _Optional[bool] = ..., latencies_us: _Optional[_Iterable[float]] = ..., median_us: _Optional[float] = ..., ci_low_us: _Optional[float] = ..., ci_high_us: _Optional[float] = ..., evaluator_json: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., driver_version: _Optional[str] = ..., job: _Optional[str] = ..., team: _Optional[str] = ..., model: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure: _Optional[str] = ..., failure_message: _Optional[str] = ..., origin: _Optional[str] = ..., instance: _Optional[str] = ..., affinity: _Optional[_Iterable[int]] = ..., tags: _Optional[_Mapping[str, str]] = ..., op: _Optional[str] = ..., description: _Optional[str] = ...) -> None: ...
+    def __init__(self, trial_id: _Optional[str] = ..., workload_digest: _Optional[str] = ..., trace_zlib: _Optional[bytes] = ..., target_json: _Optional[str] = ..., target_digest: _Optional[str] = ..., device_model: _Optional[str] = ..., device_arch: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., partition_kind: _Optional[str] = ..., neighbours: _Optional[int] = ..., verified: bool = ..., latencies_us: _Optional[_Iterable[float]] = ..., median_us: _Optional[float] = ..., ci_low_us: _Optional[float] = ..., ci_high_us: _Optional[float] = ..., evaluator_json: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., driver_version: _Optional[str] = ..., job: _Optional[str] = ..., team: _Optional[str] = ..., model: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure: _Optional[str] = ..., failure_message: _Optional[str] = ..., origin: _Optional[str] = ..., instance: _Optional[str] = ..., affinity: _Optional[_Iterable[int]] = ..., tags: _Optional[_Mapping[str, str]] = ..., op: _Optional[str] = ..., description: _Optional[str] = ...) -> None: ...
 
 class CommitRecordsRequest(_message.Message):
     __slots__ = ("workloads", "records")
@@ -162,7 +162,7 @@ class TopRecordsRequest(_message.Message):
     key: RecordKey
     limit: int
     verified_only: bool
-    def __init__(self, key: _Optional[_Union[RecordKey, _Mapping]] = ..., limit: _Optional[int] = ..., verified_only: _Optional[bool] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[RecordKey, _Mapping]] = ..., limit: _Optional[int] = ..., verified_only: bool = ...) -> None: ...
 
 class TopRecordsResponse(_message.Message):
     __slots__ = ("records",)
@@ -215,7 +215,7 @@ class RecordFilter(_message.Message):
     text: str
     sm_count: int
     dtype: str
-    def __init__(self, op: _Optional[str] = ..., model: _Optional[str] = ..., device_model: _Optional[str] = ..., sm_percent: _Optional[int] = ..., min_sm_percent: _Optional[int] = ..., max_sm_percent: _Optional[int] = ..., team: _Optional[str] = ..., verified_only: _Optional[bool] = ..., job: _Optional[str] = ..., workload_digest: _Optional[str] = ..., target_digest: _Optional[str] = ..., tvm_version: _Optional[str] = ..., include_failed: _Optional[bool] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tags: _Optional[_Mapping[str, str]] = ..., text: _Optional[str] = ..., sm_count: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    def __init__(self, op: _Optional[str] = ..., model: _Optional[str] = ..., device_model: _Optional[str] = ..., sm_percent: _Optional[int] = ..., min_sm_percent: _Optional[int] = ..., max_sm_percent: _Optional[int] = ..., team: _Optional[str] = ..., verified_only: bool = ..., job: _Optional[str] = ..., workload_digest: _Optional[str] = ..., target_digest: _Optional[str] = ..., tvm_version: _Optional[str] = ..., include_failed: bool = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tags: _Optional[_Mapping[str, str]] = ..., text: _Optional[str] = ..., sm_count: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class QueryRecordsRequest(_message.Message):
     __slots__ = ("filter", "limit", "cursor", "order", "top_per_key", "omit_traces")
@@ -231,7 +231,7 @@ class QueryRecordsRequest(_message.Message):
     order: str
     top_per_key: int
     omit_traces: bool
-    def __init__(self, filter: _Optional[_Union[RecordFilter, _Mapping]] = ..., limit: _Optional[int] = ..., cursor: _Optional[str] = ..., order: _Optional[str] = ..., top_per_key: _Optional[int] = ..., omit_traces: _Optional[bool] = ...) -> None: ...
+    def __init__(self, filter: _Optional[_Union[RecordFilter, _Mapping]] = ..., limit: _Optional[int] = ..., cursor: _Optional[str] = ..., order: _Optional[str] = ..., top_per_key: _Optional[int] = ..., omit_traces: bool = ...) -> None: ...
 
 class QueryRecordsResponse(_message.Message):
     __slots__ = ("records", "next_cursor")

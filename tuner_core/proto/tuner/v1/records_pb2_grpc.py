@@ -5,7 +5,7 @@ import warnings
 
 from tuner_core.proto.tuner.v1 import records_pb2 as tuner_dot_v1_dot_records__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in tuner/v1/records_pb2_grpc.py depends on'
+        + f' but the generated code in tuner/v1/records_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class RecordServiceStub:
+class RecordServiceStub(object):
     """RecordService is the record store over the wire: commit, look up, query.
     """
 
@@ -72,7 +72,7 @@ class RecordServiceStub:
                 _registered_method=True)
 
 
-class RecordServiceServicer:
+class RecordServiceServicer(object):
     """RecordService is the record store over the wire: commit, look up, query.
     """
 
@@ -168,7 +168,7 @@ def add_RecordServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class RecordService:
+class RecordService(object):
     """RecordService is the record store over the wire: commit, look up, query.
     """
 

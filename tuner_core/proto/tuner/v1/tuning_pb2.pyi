@@ -20,7 +20,7 @@ class TaskSpec(_message.Message):
     workload: _records_pb2.Workload
     weight: int
     tunable: bool
-    def __init__(self, name: _Optional[str] = ..., workload: _Optional[_Union[_records_pb2.Workload, _Mapping]] = ..., weight: _Optional[int] = ..., tunable: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., workload: _Optional[_Union[_records_pb2.Workload, _Mapping]] = ..., weight: _Optional[int] = ..., tunable: bool = ...) -> None: ...
 
 class EvaluatorSettings(_message.Message):
     __slots__ = ("number", "repeat", "min_repeat_ms")
@@ -67,7 +67,7 @@ class JobSpec(_message.Message):
     seed: int
     request_id: str
     tags: _containers.ScalarMap[str, str]
-    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: _Optional[bool] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: bool = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class TaskStatus(_message.Message):
     __slots__ = ("name", "state", "workload_digest", "description", "weight", "trials", "reused", "failed", "baseline_latency_us", "best_latency_us", "verified", "instance", "error", "best_trial_id", "op", "failures")
@@ -110,7 +110,7 @@ class TaskStatus(_message.Message):
     best_trial_id: str
     op: str
     failures: _containers.ScalarMap[str, int]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., workload_digest: _Optional[str] = ..., description: _Optional[str] = ..., weight: _Optional[int] = ..., trials: _Optional[int] = ..., reused: _Optional[int] = ..., failed: _Optional[int] = ..., baseline_latency_us: _Optional[float] = ..., best_latency_us: _Optional[float] = ..., verified: _Optional[bool] = ..., instance: _Optional[str] = ..., error: _Optional[str] = ..., best_trial_id: _Optional[str] = ..., op: _Optional[str] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., workload_digest: _Optional[str] = ..., description: _Optional[str] = ..., weight: _Optional[int] = ..., trials: _Optional[int] = ..., reused: _Optional[int] = ..., failed: _Optional[int] = ..., baseline_latency_us: _Optional[float] = ..., best_latency_us: _Optional[float] = ..., verified: bool = ..., instance: _Optional[str] = ..., error: _Optional[str] = ..., best_trial_id: _Optional[str] = ..., op: _Optional[str] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class JobStatus(_message.Message):
     __slots__ = ("job", "model", "model_digest", "status", "target_json", "sm_percent", "sm_count", "tasks", "baseline_latency_us", "tuned_latency_us", "outputs_match", "trials_measured", "trials_failed", "trials_reused", "trials_budget", "elapsed_s", "trials_per_s", "created_at", "error", "team", "phase", "device_model", "tvm_version", "instance")
@@ -162,7 +162,7 @@ class JobStatus(_message.Message):
     device_model: str
     tvm_version: str
     instance: str
-    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., status: _Optional[str] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., baseline_latency_us: _Optional[float] = ..., tuned_latency_us: _Optional[float] = ..., outputs_match: _Optional[bool] = ..., trials_measured: _Optional[int] = ..., trials_failed: _Optional[int] = ..., trials_reused: _Optional[int] = ..., trials_budget: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., trials_per_s: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., team: _Optional[str] = ..., phase: _Optional[str] = ..., device_model: _Optional[str] = ..., tvm_version: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., status: _Optional[str] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., baseline_latency_us: _Optional[float] = ..., tuned_latency_us: _Optional[float] = ..., outputs_match: bool = ..., trials_measured: _Optional[int] = ..., trials_failed: _Optional[int] = ..., trials_reused: _Optional[int] = ..., trials_budget: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., trials_per_s: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., team: _Optional[str] = ..., phase: _Optional[str] = ..., device_model: _Optional[str] = ..., tvm_version: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class SubmitJobRequest(_message.Message):
     __slots__ = ("spec",)

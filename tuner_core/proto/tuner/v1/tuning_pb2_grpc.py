@@ -5,7 +5,7 @@ import warnings
 
 from tuner_core.proto.tuner.v1 import tuning_pb2 as tuner_dot_v1_dot_tuning__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in tuner/v1/tuning_pb2_grpc.py depends on'
+        + f' but the generated code in tuner/v1/tuning_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class TuningServiceStub:
+class TuningServiceStub(object):
     """TuningService takes jobs, reports on them, and lets them be cancelled and resumed.
     """
 
@@ -67,7 +67,7 @@ class TuningServiceStub:
                 _registered_method=True)
 
 
-class TuningServiceServicer:
+class TuningServiceServicer(object):
     """TuningService takes jobs, reports on them, and lets them be cancelled and resumed.
     """
 
@@ -149,7 +149,7 @@ def add_TuningServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class TuningService:
+class TuningService(object):
     """TuningService takes jobs, reports on them, and lets them be cancelled and resumed.
     """
 
