@@ -1,0 +1,185 @@
+"""CUDA builds that end in machine code, on hosts with or without a GPU.
+
+TVM hands each module's generated source to the global function ``tvm_callback_cuda_compile``. Ours compiles it with
+NVRTC to a cubin for the architecture of the target in scope, never the host's, and leaves out the C++ standard library
+headers of TVM's preamble unless the source uses them: they cost more to parse than most kernels take to compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+from tuner_core.compiler import nvrtc
+from tuner_core.compiler.cuda_libraries import include_dirs, load_tvm_cuda_runtime
+from tuner_core.errors import TunerError
+
+_PREAMBLE = re.compile(r"\A\s*#ifdef __CUDACC_RTC__\n.*?\n#endif\n", re.DOTALL)
+_LIGHT_PREAMBLE = """\
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long int int64_t;
+typedef unsigned long int uint64_t;
+#define __asm__ asm
+#define __volatile__ volatile
+"""
+_INFINITY = "#ifndef INFINITY\n#define INFINITY __int_as_float(0x7f800000)\n#endif\n"
+# TVM's own options (tvm.support.nvcc), so that a kernel built here is as fast as one that stock TVM builds.
+_OPTIONS = (
+    "-default-device",
+    "--device-int128",
+    "--use_fast_math",
+    "--ptxas-options=--register-usage-level=10",
+    "-D__NV_SILENCE_DEPRECATION_BEGIN=",
+    "-D__NV_SILENCE_DEPRECATION_END=",
+    "-D__NV_SILENCE_HOST_DEPRECATION_BEGIN=",
+    "-D__NV_SILENCE_HOST_DEPRECATION_END=",
+    "-U__CUDA_NO_HALF_OPERATORS__",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT162_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT162_CONVERSIONS__",
+)
+
+
+def light_source(source: str) -> str | None:
+    """The source with TVM's preamble replaced by a few typedefs; None when the rest needs the standard library.
+
+    Args:
+        source: CUDA C++ as TVM generates it.
+    """
+    rest, found = _PREAMBLE.subn("", source)
+    if not found or "std::" in rest or "CUtensorMap" in rest:
+        return None
+    return _LIGHT_PREAMBLE + _INFINITY + rest
+
+
+class CubinCache:
+    """Cubins by the hash of what they were compiled from: in memory, and in a directory that processes share.
+
+    Args:
+        directory: Where to keep them; None: memory only. Whoever owns the directory removes it.
+        capacity: Cubins kept in memory.
+    """
+
+    def __init__(self, directory: Path | None = None, capacity: int = 64) -> None:
+        self.directory = directory
+        self._capacity = capacity
+        self._recent: OrderedDict[str, bytes] = OrderedDict()
+
+    @staticmethod
+    def key(source: str, arch: str) -> str:
+        """The cache key of a source for an architecture."""
+        return hashlib.sha256(f"{arch}\0{source}".encode()).hexdigest()
+
+    def get(self, key: str) -> bytes | None:
+        """A cubin that was put before, by this process or another."""
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key]
+        if self.directory is None:
+            return None
+        try:
+            return (self.directory / f"{key}.cubin").read_bytes()
+        except OSError:
+            return None
+
+    def put(self, key: str, cubin: bytes) -> None:
+        """Keep a cubin. A full or vanished directory costs only the sharing."""
+        self._recent[key] = cubin
+        while len(self._recent) > self._capacity:
+            self._recent.popitem(last=False)
+        if self.directory is not None:
+            with contextlib.suppress(OSError):
+                fd, name = tempfile.mkstemp(dir=self.directory)
+                with os.fdopen(fd, "wb") as file:
+                    file.write(cubin)
+                Path(name).replace(self.directory / f"{key}.cubin")
+
+
+_cache = CubinCache()
+
+
+def build_cubin(source: str, arch: str, cache: CubinCache | None = None) -> bytes:
+    """Compile CUDA source to machine code.
+
+    Args:
+        source: CUDA C++ as TVM generates it.
+        arch: e.g. ``sm_90``.
+        cache: Looked into first and added to.
+
+    Raises:
+        CudaCompileError: With the compiler's log.
+        TunerError: NVRTC is not installed, or does not know the architecture.
+    """
+    cache = cache if cache is not None else _cache
+    key = cache.key(source, arch)
+    if (known := cache.get(key)) is not None:
+        return known
+    capability = re.fullmatch(r"sm_(\d+)[af]?", arch)
+    if capability is None or int(capability[1]) not in _supported_archs():
+        archs = ", ".join(f"sm_{number}" for number in _supported_archs())
+        raise TunerError(f"NVRTC {'.'.join(map(str, nvrtc.version()))} cannot build for {arch}; it can for {archs}")
+    options = [f"--gpu-architecture={arch}", *_OPTIONS, *(f"-I{path}" for path in include_dirs())]
+    light = light_source(source)
+    if light is not None:
+        try:
+            cubin = nvrtc.compile_cubin(light, options)
+        except nvrtc.CudaCompileError:
+            light = None  # perhaps only for want of the headers: the full source decides
+    if light is None:
+        full = "#include <cuda/std/cstdint>\n" + _INFINITY + source.replace("#include <cuda.h>", "")
+        cubin = nvrtc.compile_cubin(full, options)
+    cache.put(key, cubin)
+    return cubin
+
+
+@functools.cache
+def _supported_archs() -> tuple[int, ...]:
+    return nvrtc.supported_archs()
+
+
+def _compile_callback(source: str) -> bytes:
+    from tvm.target import Target
+
+    target = Target.current(allow_none=True)
+    arch = str(target.attrs["arch"]) if target is not None and "arch" in target.attrs else None
+    if arch is None:
+        raise TunerError("a CUDA build needs a target with an arch in scope: with Target(...): tvm.build(...)")
+    return build_cubin(source, arch)
+
+
+def enable_cuda_builds(cache_dir: Path | None = None) -> bool:
+    """Prepare this process to build for CUDA; call it once, before the first such build.
+
+    Never in a process that runs kernels: where there is no driver, a stub is loaded in its place.
+
+    Args:
+        cache_dir: Directory in which build processes share cubins; made when missing.
+
+    Returns:
+        Whether the driver's stub is in use.
+
+    Raises:
+        TunerError: NVRTC, cudart or a C compiler is missing; says what to install.
+    """
+    import tvm_ffi
+
+    stub = load_tvm_cuda_runtime(allow_stub=True)
+    nvrtc.version()  # fails here, once, rather than in each candidate
+    if cache_dir is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    _cache.directory = cache_dir
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile_callback, override=True)
+    return stub
