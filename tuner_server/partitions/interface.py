@@ -59,7 +59,8 @@ class PartitionProvider(Protocol):
     def faults_spread(self) -> bool:
         """Whether a worker that dies on the device takes its neighbours' measurements with it (CUDA MPS does).
 
-        If so, the fleet voids every measurement in flight, restarts all workers, and measures the suspects one at a time.
+        If so, the fleet voids every measurement in flight, restarts all workers, and measures the suspects one at a
+        time.
         """
         ...
 

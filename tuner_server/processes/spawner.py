@@ -6,6 +6,7 @@ import array
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 from tuner_core.errors import TunerError
 from tuner_server.processes import frames
+from tuner_server.processes.zygote import ROLES
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
@@ -73,6 +75,8 @@ class Child:
         self._ids = itertools.count()
         self._paused_since: float | None = None
         self._paused_total_s = 0.0
+        self._abandoned = False
+        self.exited.add_done_callback(lambda _: self._close_when_idle())
 
     @property
     def alive(self) -> bool:
@@ -84,14 +88,17 @@ class Child:
         """Whether :meth:`pause` holds the process."""
         return self._paused_since is not None
 
-    async def request(self, op: str, args: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+    async def request(
+        self, op: str, args: Mapping[str, Any], timeout_s: float | None = None, *, kill: bool = True
+    ) -> dict[str, Any]:
         """Ask for one operation and wait for its answer.
 
         Args:
             op: Operation, a key of the role's handlers.
             args: JSON-serialisable arguments.
             timeout_s: Deadline from the moment the child gets the request, time spent paused not counted. On expiry
-                the process group is killed.
+                the process group is killed. The same happens when the caller is cancelled.
+            kill: False leaves the killing to the caller, who must end the process: it takes no more requests.
 
         Raises:
             ChildError: The child answered with an error.
@@ -99,27 +106,36 @@ class Child:
             ChildTimeout: The deadline passed; the child is being killed.
         """
         async with self._lock:
-            if not self.alive:
-                raise ChildDied(self.name, self.exited.result())
-            request_id = next(self._ids)
+            if not self.alive or self._abandoned:
+                raise ChildDied(self.name, await self._exit_code())
+            message = frames.encode({"id": next(self._ids), "op": op, "args": dict(args)})
+            exchange = asyncio.ensure_future(self._exchange(message))
             try:
-                self._writer.write(frames.encode({"id": request_id, "op": op, "args": dict(args)}))
-                await self._writer.drain()
-            except ConnectionError:
-                raise ChildDied(self.name, await self._exit_code()) from None
-            answer = asyncio.ensure_future(frames.receive_async(self._reader))
-            try:
-                reply = await self._within(answer, timeout_s)
+                reply = await self._within(exchange, timeout_s)
             except BaseException:  # also when the caller is cancelled: the answer would confuse the next request
-                answer.cancel()
-                self.kill()
+                exchange.cancel()
+                self._abandoned = True
+                if kill:
+                    self.kill()
                 raise
+            finally:
+                if self.exited.done():
+                    self._writer.close()
             if reply is None:
+                self._abandoned = True
                 raise ChildDied(self.name, await self._exit_code())
             if "error" in reply:
                 raise ChildError(reply["error"]["kind"], reply["error"]["message"])
             result: dict[str, Any] = reply["result"]
             return result
+
+    async def _exchange(self, message: bytes) -> dict[str, Any] | None:
+        try:
+            self._writer.write(message)
+            await self._writer.drain()
+            return await frames.receive_async(self._reader)
+        except (ConnectionError, frames.FrameError, ValueError):  # a child may be broken in any way
+            return None
 
     async def _within(
         self, answer: asyncio.Future[dict[str, Any] | None], timeout_s: float | None
@@ -139,8 +155,12 @@ class Child:
         paused = self._paused_total_s + (now - self._paused_since if self._paused_since is not None else 0.0)
         return now - paused
 
+    def _close_when_idle(self) -> None:
+        if not self._lock.locked():
+            self._writer.close()
+
     async def _exit_code(self) -> int | None:
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(asyncio.shield(self.exited), 2.0)
         return None
 
@@ -172,7 +192,7 @@ class Child:
         self._writer.close()
         try:
             await asyncio.wait_for(asyncio.shield(self.exited), grace_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self.kill()
             await self._exit_code()
 
@@ -182,24 +202,21 @@ class Spawner:
 
     Args:
         log_dir: Children append their standard output and error to ``NAME.log`` there.
+        roles: Role to the module whose ``main(sock, config)`` it runs.
     """
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(self, log_dir: Path, roles: Mapping[str, str] = ROLES) -> None:
         self._log_dir = log_dir
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._reader_task: asyncio.Task[None] | None = None
+        self._roles = dict(roles)
+        self._zygote: _Zygote | None = None
         self._starting = asyncio.Lock()
         self._tokens = itertools.count()
-        self._pending: dict[int, asyncio.Future[int]] = {}
-        self._children: dict[int, Child] = {}
-        self._early_exits: dict[int, int] = {}
         self.tvm_version = ""
 
     @property
     def pid(self) -> int | None:
-        """Process id of the prefork process."""
-        return self._process.pid if self._process else None
+        """Process id of the prefork process; None when there is none."""
+        return self._zygote.process.pid if self._zygote is not None and not self._zygote.ended else None
 
     async def start(self) -> None:
         """Start the prefork process and wait until it has imported TVM.
@@ -207,62 +224,67 @@ class Spawner:
         Raises:
             TunerError: It ended instead, e.g. killed by SIGSEGV because of a wrong apache-tvm-ffi.
         """
+        await self._running()
+
+    async def _running(self) -> _Zygote:
         async with self._starting:
-            if self._process is not None and self._process.poll() is None and self._control is not None:
-                return
-            ours, theirs = socket.socketpair()
+            zygote = self._zygote
+            if zygote is not None:
+                if not zygote.ended and zygote.process.poll() is None:
+                    return zygote
+                await zygote.reading
+                log.warning("the process that loads TVM ended (%s); starting it again", zygote.outcome)
+            self._zygote = None
+            self._zygote = await self._launch()
+            return self._zygote
+
+    async def _launch(self) -> _Zygote:
+        log_path = self._log_dir / "zygote.log"
+        process, ours = self._popen(log_path)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        writer.transport.set_write_buffer_limits(high=0)  # drain() means sent: ancillary data must not overtake
+        try:
+            hello = await asyncio.wait_for(frames.receive_async(reader), START_TIMEOUT_S)
+        except TimeoutError:
+            hello = None
+        except BaseException:
+            process.kill()
+            writer.close()
+            await asyncio.shield(asyncio.to_thread(process.wait))
+            raise
+        if hello is None:
+            process.kill()
+            writer.close()
+            code = await asyncio.to_thread(process.wait)
+            raise TunerError(
+                f"the process that loads TVM failed to start ({describe_exit(code)}: {_last_line(log_path)}); see "
+                f"{log_path} and check that the pinned apache-tvm and apache-tvm-ffi are installed"
+            )
+        self.tvm_version = hello["ready"]
+        return _Zygote(process, reader, writer)
+
+    def _popen(self, log_path: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Start it from this very thread: the kernel ties the life of a process to the thread that forked it."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "tuner_server.processes.zygote", str(theirs.fileno()), str(os.getpid())]
+        try:
             self._log_dir.mkdir(parents=True, exist_ok=True)
-            with open(self._log_dir / "zygote.log", "ab") as log_file:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tuner_server.processes.zygote", str(theirs.fileno()), str(os.getpid())],
+            with log_path.open("ab") as log_file:
+                process = subprocess.Popen(
+                    [*command, json.dumps(self._roles)],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=log_file,
                     start_new_session=True,
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a fork of a process with threads is not clean
                 )
+        except OSError as error:
+            ours.close()
+            raise TunerError(f"cannot start the process that loads TVM: {error}") from None
+        finally:
             theirs.close()
-            reader, _writer = await asyncio.open_connection(sock=ours.dup())
-            try:
-                hello = await asyncio.wait_for(frames.receive_async(reader), START_TIMEOUT_S)
-            except asyncio.TimeoutError:
-                hello = None
-            if hello is None:
-                self._process.kill()
-                code = await asyncio.to_thread(self._process.wait)
-                raise TunerError(
-                    f"the process that loads TVM failed to start ({describe_exit(code)}); see "
-                    f"{self._log_dir / 'zygote.log'} and check that the pinned apache-tvm and apache-tvm-ffi are installed"
-                )
-            self.tvm_version = hello["ready"]
-            self._control = ours
-            self._reader_task = asyncio.create_task(self._read(reader, self._process))
-
-    async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
-        while (message := await frames.receive_async(reader)) is not None:
-            if "spawned" in message:
-                waiter = self._pending.pop(message["spawned"], None)
-                if waiter is not None and not waiter.done():
-                    waiter.set_result(message["pid"])
-            else:
-                self._note_exit(message["exited"], message["code"])
-        code = await asyncio.to_thread(process.wait)
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        for waiter in self._pending.values():
-            if not waiter.done():
-                waiter.set_exception(ChildDied("zygote", code))
-        self._pending.clear()
-        for pid in list(self._children):  # they die with it
-            self._note_exit(pid, -signal.SIGKILL)
-
-    def _note_exit(self, pid: int, code: int) -> None:
-        child = self._children.pop(pid, None)
-        if child is None:
-            self._early_exits[pid] = code
-        elif not child.exited.done():
-            child.exited.set_result(code)
+        return process, ours
 
     async def spawn(
         self,
@@ -292,14 +314,9 @@ class Spawner:
             ChildDied: The prefork process ended.
             TunerError: It could not be started again.
         """
-        await self.start()
-        assert self._control is not None
-        ours, theirs = socket.socketpair()
-        token = next(self._tokens)
-        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._pending[token] = waiter
+        zygote = await self._running()
         request = {
-            "token": token,
+            "token": next(self._tokens),
             "role": role,
             "config": dict(config),
             "env": dict(env or {}),
@@ -308,37 +325,132 @@ class Spawner:
             "address_space_bytes": address_space_bytes,
             "log": str(self._log_dir / f"{name}.log"),
         }
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
+        ours, theirs = socket.socketpair()
         try:
-            self._control.sendmsg([b"\0"], rights)
-            frames.send(self._control, request)
-        except OSError:
-            self._pending.pop(token, None)
+            pid = await zygote.fork(request, theirs)
+        except BaseException:
             ours.close()
-            raise ChildDied("zygote", None) from None
+            raise
         finally:
             theirs.close()
-        pid = await waiter
-        reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        reader, writer = await asyncio.open_connection(sock=ours)
         child = Child(name, pid, reader, writer)
         if on_exit is not None:
             child.exited.add_done_callback(lambda _: on_exit(child))
-        self._children[pid] = child
-        if pid in self._early_exits:
-            self._note_exit(pid, self._early_exits.pop(pid))
+        zygote.adopt(child)
         return child
 
     async def stop(self) -> None:
         """Close every child, then the prefork process; nothing is left behind."""
+        async with self._starting:
+            zygote, self._zygote = self._zygote, None
+            if zygote is not None:
+                await zygote.stop()
+
+
+class _Zygote:
+    """One run of the prefork process: a restart is a new object, so that nothing of the old run reaches the new one."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process = process
+        self.ended = False
+        self._reader = reader
+        self._writer = writer
+        self._sending = asyncio.Lock()
+        self._pending: dict[int, asyncio.Future[int]] = {}
+        self._children: dict[int, Child] = {}
+        self._early_exits: dict[int, int] = {}
+        self.reading = asyncio.create_task(self._read())
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in words."""
+        return describe_exit(self.process.poll())
+
+    async def fork(self, request: dict[str, Any], child_socket: socket.socket) -> int:
+        """Ask for one child.
+
+        Args:
+            request: As :mod:`tuner_server.processes.zygote` reads it.
+            child_socket: The child's end; stays open here.
+
+        Returns:
+            The child's process id.
+
+        Raises:
+            ChildDied: The prefork process ended first.
+        """
+        if self.ended:
+            raise ChildDied("the process that loads TVM", self.process.poll())
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._pending[request["token"]] = waiter
+        try:
+            async with self._sending:
+                await self._writer.drain()
+                await self._pass_socket(child_socket)
+                self._writer.write(frames.encode(request))
+            return await waiter
+        except OSError:
+            raise ChildDied("the process that loads TVM", self.process.poll()) from None
+        finally:
+            self._pending.pop(request["token"], None)
+
+    async def _pass_socket(self, child_socket: socket.socket) -> None:
+        """One byte with the socket as ancillary data (unix(7), SCM_RIGHTS); the frame follows."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [child_socket.fileno()]))]
+        with self._writer.get_extra_info("socket").dup() as control:
+            while True:
+                try:
+                    control.sendmsg([b"\0"], rights)
+                    return
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)
+
+    def adopt(self, child: Child) -> None:
+        """Tell the child's ``exited`` when it ends."""
+        self._children[child.pid] = child
+        if child.pid in self._early_exits:
+            self._note_exit(child.pid, self._early_exits.pop(child.pid))
+        elif self.ended:
+            self._note_exit(child.pid, -signal.SIGKILL)
+
+    async def _read(self) -> None:
+        while (message := await frames.receive_async(self._reader)) is not None:
+            if "spawned" in message:
+                waiter = self._pending.pop(message["spawned"], None)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(message["pid"])
+            else:
+                self._note_exit(message["exited"], message["code"])
+        self.ended = True
+        self._writer.close()
+        code = await asyncio.to_thread(self.process.wait)
+        for waiter in self._pending.values():
+            if not waiter.done():
+                waiter.set_exception(ChildDied("the process that loads TVM", code))
+        for pid in list(self._children):  # the kernel kills them with it
+            self._note_exit(pid, -signal.SIGKILL)
+
+    def _note_exit(self, pid: int, code: int) -> None:
+        child = self._children.pop(pid, None)
+        if child is None:
+            self._early_exits[pid] = code
+        elif not child.exited.done():
+            child.exited.set_result(code)
+
+    async def stop(self) -> None:
+        """Close every child, then the process."""
         await asyncio.gather(*(child.close() for child in list(self._children.values())))
-        if self._control is not None:
-            with contextlib.suppress(OSError):
-                self._control.shutdown(socket.SHUT_RDWR)
-        if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, 5.0)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
-        if self._reader_task is not None:
-            await self._reader_task
+        self._writer.close()
+        try:
+            await asyncio.to_thread(self.process.wait, 5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        await self.reading
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n")
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "no output")

@@ -4,7 +4,8 @@ Importing TVM with its schedule intrinsics takes seconds and about 300 MB; a for
 pages. The zygote never touches CUDA, gRPC or a thread pool, so its forks start clean. It exits with its parent, and its
 forks exit with it.
 
-Run as ``python -m tuner_server.processes.zygote FD PARENT_PID``; FD is a connected stream socket.
+Run as ``python -m tuner_server.processes.zygote FD PARENT_PID ROLES``; FD is a connected stream socket, ROLES a JSON
+object of role to module.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import array
 import contextlib
 import gc
 import importlib
+import json
 import os
 import resource
 import select
@@ -44,7 +46,7 @@ def _receive_with_fd(control: socket.socket) -> tuple[dict[str, Any] | None, int
     return frames.receive(control), (fds[0] if fds else None)
 
 
-def _become(spawn: dict[str, Any], child_fd: int, zygote_pid: int) -> NoReturn:
+def _become(spawn: dict[str, Any], module: str, child_fd: int, zygote_pid: int) -> NoReturn:
     """In the fork: take on the limits asked for, run the role, exit. Never returns to the zygote's loop."""
     status = 1
     try:
@@ -65,7 +67,7 @@ def _become(spawn: dict[str, Any], child_fd: int, zygote_pid: int) -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        role = importlib.import_module(ROLES[spawn["role"]])
+        role = importlib.import_module(module)
         with socket.socket(fileno=child_fd) as sock:
             role.main(sock, spawn["config"])
         status = 0
@@ -92,11 +94,12 @@ def main() -> None:
     """Import, announce readiness, then fork on request until the control socket closes."""
     control = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(int(sys.argv[2]))
+    roles = json.loads(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops its children in order
     from tuner_core.compiler.tvm_setup import load_tvm
 
     version = load_tvm(intrinsics=True)
-    for module in ROLES.values():
+    for module in roles.values():
         importlib.import_module(module)
     gc.collect()
     gc.freeze()
@@ -124,7 +127,7 @@ def main() -> None:
             control.close()
             wake_read.close()
             wake_write.close()
-            _become(spawn, child_fd, zygote_pid)
+            _become(spawn, roles[spawn["role"]], child_fd, zygote_pid)
         os.close(child_fd)
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
