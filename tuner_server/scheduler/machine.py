@@ -20,6 +20,8 @@ from tuner_server.scheduler.gradient import gain_per_trial
 
 HOPELESS_FACTOR = 3.0
 MAX_SESSION_LOSSES = 3
+WORTH_WAITING_FOR = 0.25
+"""A free task that gains less than this share of what a busy one gains does not get its batch now."""
 
 
 @dataclass(frozen=True)
@@ -292,32 +294,49 @@ class JobMachine:
             out.append(m.Generate(index, batch, count))
 
     def _next_task(self) -> int | None:
-        """The task that gets the next batch: first those that have none yet, then by the gradient."""
-        active = sum(1 for task in self.tasks if task.batches)
-        best: tuple[float, int] | None = None
-        for index, task in enumerate(self.tasks):
-            usable = task.chosen and not task.exhausted and not task.promoting and not task.state.final
-            if not usable or len(task.batches) >= self.limits.batches_per_task:
-                continue
-            if not task.batches and active >= self.limits.tasks_at_once:
-                continue
-            waits_for_minimum = task.new_trials == 0 and not task.known
-            if not waits_for_minimum and len(task.history_us) < 2 and not task.known:
-                gain = 0.0  # its first batch is still out: spend elsewhere if there is an elsewhere
-            else:
-                gain = self.gain(index)
-            if waits_for_minimum:
-                gain = float("inf")
-            if best is None or gain > best[0]:
-                best = (gain, index)
-        return None if best is None else best[1]
+        """The task that gets the next batch: first those that have none yet, then by the gradient.
+
+        A task that would gain far less than one whose batches are all in flight waits, so that a full pipeline does
+        not spend the budget on tasks that hardly matter; unless nothing else keeps the stages busy.
+        """
+        open_tasks = [
+            index
+            for index, task in enumerate(self.tasks)
+            if task.chosen and not task.exhausted and not task.promoting and not task.state.final
+        ]
+        active = sum(1 for index in open_tasks if self.tasks[index].batches)
+        gains = {index: self.gain(index) for index in open_tasks}
+        free = [
+            index
+            for index in open_tasks
+            if len(self.tasks[index].batches) < self.limits.batches_per_task
+            and (self.tasks[index].batches or active < self.limits.tasks_at_once)
+        ]
+        if not free:
+            return None
+        best = max(free, key=lambda index: (gains[index], -index))
+        in_flight = sum(len(self.tasks[index].batches) for index in open_tasks)
+        finite = [gain for gain in gains.values() if gain != float("inf")]
+        hardly_matters = gains[best] < WORTH_WAITING_FOR * max(finite, default=0.0)
+        if hardly_matters and in_flight >= self.limits.batches_per_task:
+            return None
+        return best
 
     def gain(self, index: int) -> float:
-        """Expected reduction of the model's latency by the task's next trial, in microseconds."""
+        """Expected reduction of the model's latency by the task's next trial, in microseconds.
+
+        Infinite for a task that has had no trial at all. While its first ones are out, the optimistic guess from the
+        baseline stands in for what they will say.
+        """
         task = self.tasks[index]
+        if task.new_trials == 0 and not task.known:
+            return float("inf")
         history = task.history_us
-        if not history and task.best_us is not None:  # warm start: no recent progress is known
-            history = [task.best_us] * (len(task.known) + 1)
+        if len(history) < 2:
+            start = task.best_us if task.best_us is not None else task.baseline_us
+            if start is None:  # nothing is known yet
+                return float("inf")
+            history = [start] * (len(task.known) + task.new_trials + 1)
         return gain_per_trial(task.plan.weight, history)
 
     def _all_known(self, task: TaskProgress) -> tuple[m.KnownTrial, ...]:

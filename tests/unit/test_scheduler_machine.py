@@ -1,0 +1,310 @@
+"""The job's state machine, driven without processes: a simulated engine answers its instructions in random order."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+import pytest
+
+from tuner_core.model import FailureKind, JobState, TaskState
+from tuner_server.scheduler import messages as m
+from tuner_server.scheduler.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
+from tuner_server.scheduler.machine import JobMachine, Limits, TaskPlan
+
+
+class SimulatedEngine:
+    """Answers instructions in an order drawn from a seed, and keeps account of what it saw.
+
+    Latency of candidate n of task t is ``1000 / (n + 1) + t``, so later candidates are better.
+    """
+
+    def __init__(self, machine: JobMachine, seed: int = 0) -> None:
+        self.machine = machine
+        self.random = random.Random(seed)
+        self.pending: list[m.Instruction] = []
+        self.measured: Counter[int] = Counter()
+        self.promoted: dict[int, tuple[str, ...]] = {}
+        self.reported: Counter[int] = Counter()
+        self.said: list[str] = []
+        self.finish: m.Finish | None = None
+        self.most_batches: Counter[int] = Counter()
+        self.most_active = 0
+        self.space: Mapping[int, int] = {}
+        self.failing: set[int] = set()
+        self.wrong: set[str] = set()
+        self.cannot_sample: set[int] = set()
+        self.inconclusive: set[int] = set()
+        self.opened: dict[int, tuple[m.KnownTrial, ...]] = {}
+        self.generated: Counter[int] = Counter()
+        self.model_traces: Mapping[int, str] = {}
+
+    def run(self, known: Mapping[int, m.Known] | None = None) -> m.Finish:
+        self._take(self.machine.handle(m.Started(known or {})))
+        while self.finish is None:
+            assert self.pending, f"nothing left to do, but the job has not ended: {self.machine.phase}"
+            instruction = self.pending.pop(self.random.randrange(len(self.pending)))
+            for event in self._answer(instruction):
+                self._take(self.machine.handle(event))
+        return self.finish
+
+    def _take(self, instructions: list[m.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case m.Say():
+                    self.said.append(instruction.message)
+                case m.Finish():
+                    self.finish = instruction
+                case m.OpenSession():
+                    self.opened[instruction.task] = instruction.known
+                case m.Report():
+                    self.reported[instruction.task] += len(instruction.results)
+                case m.CloseSession() | m.Forget():
+                    pass
+                case _:
+                    self.pending.append(instruction)
+        active = 0
+        for index, task in enumerate(self.machine.tasks):
+            self.most_batches[index] = max(self.most_batches[index], len(task.batches))
+            active += bool(task.batches)
+        self.most_active = max(self.most_active, active)
+
+    def _answer(self, instruction: m.Instruction) -> list[m.Event]:
+        match instruction:
+            case m.MeasureBaseline(task):
+                return [m.BaselineMeasured(task, f"fallback{task}", 5000.0)]
+            case m.Generate(task, batch, count):
+                if task in self.cannot_sample:
+                    return [m.CannotSample(task, batch, "cannot sample enough initial population")]
+                first = self.generated[task]
+                count = min(count, self.space.get(task, 10**9) - first)
+                self.generated[task] += count
+                return [m.CandidatesReady(task, batch, tuple(f"t{task}c{first + n}" for n in range(count)))]
+            case m.RunTrial(task, batch, trace):
+                self.measured[task] += 1
+                if task in self.failing:
+                    return [m.TrialFailed(task, batch, trace, FailureKind.BUILD_ERROR, "no")]
+                return [m.TrialMeasured(task, batch, trace, self.latency(task, trace))]
+            case m.Promote(task, traces):
+                self.promoted[task] = traces
+                return [m.Promoted(task, tuple(m.KnownTrial(t, self.latency(task, t)) for t in traces))]
+            case m.Check(task, trace):
+                if trace in self.wrong:
+                    return [m.Checked(task, trace, "wrong_result", "off by 3")]
+                if task in self.inconclusive:
+                    return [m.Checked(task, trace, "inconclusive", "NaN in the reference")]
+                return [m.Checked(task, trace, "ok", "", f"id-{trace}")]
+            case m.MeasureModel(traces):
+                self.model_traces = traces
+                return [m.ModelMeasured(9000.0, 3000.0, True)]
+        raise AssertionError(instruction)
+
+    @staticmethod
+    def latency(task: int, trace: str) -> float:
+        if trace.startswith("fallback"):
+            return 5000.0
+        return 1000 / (int(trace.rpartition("c")[2]) + 1) + task
+
+
+def machine_for(tasks: list[TaskPlan], trials: int, **limits: int) -> JobMachine:
+    return JobMachine(tasks, trials, Limits(**limits))
+
+
+THREE = [TaskPlan("a", 1, True), TaskPlan("b", 4, True), TaskPlan("c", 2, False)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_trial_of_the_budget_is_measured_and_reported_once(seed: int) -> None:
+    engine = SimulatedEngine(machine_for(THREE, 200), seed)
+    assert engine.run().state is JobState.DONE
+    assert sum(engine.measured.values()) == 200
+    assert sum(task.measured for task in engine.machine.tasks) == 200
+    assert sum(engine.reported.values()) == 200
+    assert [task.state for task in engine.machine.tasks] == [TaskState.TUNED, TaskState.TUNED, TaskState.SKIPPED]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_batches_in_flight_and_no_more_tasks_at_once_than_allowed(seed: int) -> None:
+    tasks = [TaskPlan(f"t{n}", 1, True) for n in range(6)]
+    engine = SimulatedEngine(machine_for(tasks, 600, tasks_at_once=3), seed)
+    engine.run()
+    assert max(engine.most_batches.values()) == 2
+    assert engine.most_active == 3
+
+
+def test_the_task_that_weighs_more_gets_more_trials() -> None:
+    engine = SimulatedEngine(machine_for([TaskPlan("light", 1, True), TaskPlan("heavy", 30, True)], 400))
+    engine.run()
+    assert engine.measured[1] > 2 * engine.measured[0] >= 2 * MIN_TRIALS
+
+
+def test_the_top_eight_and_the_baseline_are_promoted() -> None:
+    engine = SimulatedEngine(machine_for(THREE[:1], 40))
+    engine.run()
+    assert engine.promoted[0] == (*[f"t0c{n}" for n in range(39, 31, -1)], "fallback0")
+    task = engine.machine.tasks[0]
+    assert (task.best_trace, task.best_us, task.verified, task.best_trial_id) == ("t0c39", 25.0, True, "id-t0c39")
+    assert engine.model_traces == {0: "t0c39"}
+
+
+def test_a_wrong_winner_gives_way_to_the_next() -> None:
+    engine = SimulatedEngine(machine_for(THREE[:1], 40))
+    engine.wrong = {"t0c39", "t0c38"}
+    assert engine.run().state is JobState.DONE
+    task = engine.machine.tasks[0]
+    assert task.best_trace == "t0c37"
+    assert task.failures[FailureKind.WRONG_RESULT] == 2
+    assert any("rejected" in line for line in engine.said)
+
+
+def test_inconclusive_publishes_nothing() -> None:
+    engine = SimulatedEngine(machine_for(THREE[:1], 40))
+    engine.inconclusive = {0}
+    engine.run()
+    task = engine.machine.tasks[0]
+    assert task.state is TaskState.FALLBACK and not task.verified and "inconclusive" in task.error
+    assert engine.model_traces == {}
+
+
+def test_a_fallback_that_wins_is_the_result() -> None:
+    engine = SimulatedEngine(machine_for(THREE[:1], 40))
+    engine.latency = lambda task, trace: 1.0 if trace.startswith("fallback") else 50.0  # type: ignore[method-assign]
+    engine.run()
+    assert engine.machine.tasks[0].state is TaskState.FALLBACK
+    assert engine.machine.tasks[0].best_us == 1.0
+
+
+def test_a_task_that_cannot_sample_says_so_and_takes_the_fallback() -> None:
+    engine = SimulatedEngine(machine_for(THREE, 64))
+    engine.cannot_sample = {0}
+    assert engine.run().state is JobState.DONE
+    task = engine.machine.tasks[0]
+    assert task.state is TaskState.FALLBACK and "cannot sample" in task.error
+    assert any("cannot sample" in line for line in engine.said)
+    assert engine.measured[1] == 64  # its trials went to the other
+
+
+def test_a_small_space_returns_its_trials() -> None:
+    engine = SimulatedEngine(machine_for(THREE[:2], 200))
+    engine.space = {0: 5}
+    engine.run()
+    assert engine.measured == {0: 5, 1: 195}
+
+
+def test_a_task_whose_trials_all_fail_makes_the_job_partly() -> None:
+    engine = SimulatedEngine(machine_for(THREE, 100))
+    engine.failing = {0}
+    finish = engine.run()
+    assert finish.state is JobState.PARTLY and "a" in finish.error
+    assert engine.machine.tasks[0].state is TaskState.FAILED
+    assert "build_error" in engine.machine.tasks[0].error
+
+
+def test_a_budget_too_small_for_all_goes_to_the_most_expensive() -> None:
+    tasks = [TaskPlan(f"t{n}", n + 1, True) for n in range(10)]  # same baseline: the last weighs most
+    engine = SimulatedEngine(machine_for(tasks, 2 * MIN_TRIALS))
+    assert engine.run().state is JobState.DONE
+    assert set(engine.measured) == {8, 9} and sum(engine.measured.values()) == 2 * MIN_TRIALS
+    assert [t.state for t in engine.machine.tasks] == [TaskState.SKIPPED] * 8 + [TaskState.TUNED] * 2
+    assert any("too few" in line for line in engine.said)
+
+
+def test_one_trial_is_possible() -> None:
+    engine = SimulatedEngine(machine_for(THREE, 1))
+    assert engine.run().state is JobState.DONE
+    assert sum(engine.measured.values()) == 1
+
+
+def test_a_model_with_nothing_to_tune_is_done() -> None:
+    engine = SimulatedEngine(machine_for([], 64))
+    assert engine.run().state is JobState.DONE
+
+
+def known(count: int, *, own: int = 0, verified: bool = True, task: int = 0) -> m.Known:
+    trials = tuple(m.KnownTrial(f"t{task}c{n}", SimulatedEngine.latency(task, f"t{task}c{n}")) for n in range(count))
+    return m.Known(
+        trials,
+        own=own,
+        best_verified=trials[-1] if verified else None,
+        best_trial_id="old" if verified else "",
+        baseline=m.KnownTrial(f"fallback{task}", 5000.0),
+    )
+
+
+def test_a_second_run_measures_nothing_and_says_what_it_reused() -> None:
+    machine = machine_for(THREE[:2], 64)
+    engine = SimulatedEngine(machine)
+    engine.run({0: known(24, task=0), 1: known(40, task=1)})
+    assert not engine.measured
+    assert [task.state for task in machine.tasks] == [TaskState.REUSED, TaskState.REUSED]
+    assert [task.reused for task in machine.tasks] == [24, 40]
+    assert any("64 trials" in line for line in engine.said)
+    assert engine.model_traces == {0: "t0c23", 1: "t1c39"}
+
+
+def test_a_larger_second_run_measures_only_the_difference_from_a_warm_search() -> None:
+    engine = SimulatedEngine(machine_for(THREE[:1], 64))
+    engine.generated[0] = 40
+    engine.run({0: known(40)})
+    assert engine.measured[0] == 24
+    assert len(engine.opened[0]) == 40
+
+
+def test_an_interrupted_job_goes_on_with_what_is_left() -> None:
+    machine = machine_for(THREE[:1], 64)
+    engine = SimulatedEngine(machine)
+    engine.generated[0] = 50
+    engine.run({0: known(50, own=50, verified=False)})
+    assert engine.measured[0] == 14
+    assert (machine.tasks[0].measured, machine.tasks[0].reused) == (64, 0)
+
+
+def test_a_new_operator_gets_its_share_beside_a_much_tuned_one() -> None:
+    engine = SimulatedEngine(machine_for(THREE[:2], 64))
+    engine.run({0: known(500)})
+    assert engine.measured[1] == 32 and engine.measured[0] == 0
+
+
+def test_a_lost_search_is_opened_again_with_what_is_known() -> None:
+    machine = machine_for(THREE[:1], 48)
+    engine = SimulatedEngine(machine)
+    answer = engine._answer
+    lost = iter([True])
+
+    def lose_once(instruction: m.Instruction) -> list[m.Event]:
+        if isinstance(instruction, m.Generate) and engine.measured[0] >= 16 and next(lost, False):
+            return [m.SessionLost(0, instruction.batch, "killed")]
+        return answer(instruction)
+
+    engine._answer = lose_once  # type: ignore[method-assign]
+    assert engine.run().state is JobState.DONE
+    assert engine.measured[0] == 48
+    assert len(engine.opened[0]) >= 16
+
+
+def test_cancel_ends_the_job_at_once() -> None:
+    machine = machine_for(THREE, 64)
+    machine.handle(m.Started({}))
+    assert machine.handle(m.CancelRequested()) == [m.Finish(JobState.CANCELLED)]
+    assert machine.handle(m.BaselineMeasured(0, "x", 1.0)) == []
+
+
+def test_outputs_that_differ_are_never_called_done() -> None:
+    machine = machine_for([], 64)
+    machine.handle(m.Started({}))
+    (finish,) = machine.handle(m.ModelMeasured(1.0, 1.0, False))
+    assert isinstance(finish, m.Finish) and finish.state is JobState.PARTLY
+
+
+def test_new_trials_counts_known_ones_towards_the_budget() -> None:
+    assert new_trials(64, [TaskHistory(0, False), TaskHistory(0, False)]) == 64
+    assert new_trials(64, [TaskHistory(64, True)]) == 0
+    assert new_trials(64, [TaskHistory(10, False), TaskHistory(100, True)]) == 22
+    assert new_trials(64, []) == 0
+
+
+def test_tasks_worth_trials_gives_a_minimum_or_nothing() -> None:
+    assert tasks_worth_trials(17, {0: 1.0, 1: 5.0, 2: 3.0}, already_known={}) == [1, 2]
+    assert tasks_worth_trials(3, {0: 1.0, 1: 5.0}, already_known={}) == [1]
+    assert tasks_worth_trials(0, {0: 1.0}, already_known={}) == []

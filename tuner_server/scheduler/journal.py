@@ -1,0 +1,106 @@
+"""What a server remembers of its jobs across restarts: the request as it came, and the last known status.
+
+Measured trials are not here but in the record store; a job that goes on reads them from there.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner_core.errors import StoreError
+from tuner_core.model import JobState
+from tuner_core.proto.tuner.v1 import tuning_pb2
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """One job as it was last written. Times are seconds since the epoch, ``elapsed_s`` is time spent running."""
+
+    job: str
+    spec: tuning_pb2.JobSpec
+    state: JobState
+    status: tuning_pb2.JobStatus
+    created_at: float
+    elapsed_s: float
+
+
+class JobJournal:
+    """Jobs in one SQLite file. Thread-safe.
+
+    Raises (any method):
+        StoreError: The file cannot be written, or is of a newer version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise StoreError(
+                    f"{path} was written by a newer version of tuner-server (schema {version}, this one knows "
+                    f"{SCHEMA_VERSION}); upgrade, or use another --data-dir"
+                )
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS jobs (job TEXT PRIMARY KEY, request_id TEXT, state TEXT NOT NULL, "
+                "spec BLOB NOT NULL, status BLOB NOT NULL, created_at REAL NOT NULL, elapsed_s REAL NOT NULL)"
+            )
+            self._db.execute("CREATE INDEX IF NOT EXISTS jobs_by_request ON jobs (request_id)")
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot open the job journal {path}: {error}; check the data directory") from None
+
+    def add(self, job: str, spec: tuning_pb2.JobSpec, status: tuning_pb2.JobStatus) -> None:
+        """Write a new job, queued."""
+        row = (job, spec.request_id or None, JobState.QUEUED, spec.SerializeToString(), status.SerializeToString())
+        self._execute("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 0)", (*row, time.time()))
+
+    def update(self, job: str, state: JobState, status: tuning_pb2.JobStatus, elapsed_s: float) -> None:
+        """Write how far a job has come."""
+        self._execute(
+            "UPDATE jobs SET state = ?, status = ?, elapsed_s = ? WHERE job = ?",
+            (state, status.SerializeToString(), elapsed_s, job),
+        )
+
+    def _execute(self, sql: str, values: tuple[object, ...]) -> None:
+        with self._lock:
+            try:
+                self._db.execute(sql, values)
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot write the job journal: {error}; check the data directory") from None
+
+    def by_request(self, request_id: str) -> str | None:
+        """The job that a request made, or None."""
+        with self._lock:
+            row = self._db.execute("SELECT job FROM jobs WHERE request_id = ?", (request_id,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def entries(self, limit: int = 1000) -> list[JournalEntry]:
+        """Jobs, newest first."""
+        sql = "SELECT job, spec, state, status, created_at, elapsed_s FROM jobs ORDER BY created_at DESC, rowid DESC LIMIT ?"
+        with self._lock:
+            rows = self._db.execute(sql, (limit,)).fetchall()
+        return [
+            JournalEntry(
+                job,
+                tuning_pb2.JobSpec.FromString(spec),
+                JobState(state),
+                tuning_pb2.JobStatus.FromString(status),
+                created_at,
+                elapsed_s,
+            )
+            for job, spec, state, status, created_at, elapsed_s in rows
+        ]
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()

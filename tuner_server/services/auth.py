@@ -1,0 +1,85 @@
+"""Tokens: who calls, and for which team."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from tuner_core.errors import UsageError
+
+_OPEN_METHODS = ("/grpc.health.v1.Health/",)
+
+
+def read_tokens(path: Path) -> dict[str, str]:
+    """Read a token file: one ``TOKEN TEAM`` per line, ``#`` begins a comment.
+
+    Raises:
+        UsageError: It cannot be read, or a line is malformed (named by number, without its text).
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UsageError(f"cannot read the token file {path}: {error.strerror}") from None
+    tokens: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or len(words[0]) < 16:
+            raise UsageError(f"line {number} of {path} is not a token of at least 16 characters and a team")
+        tokens[words[0]] = words[1]
+    if not tokens:
+        raise UsageError(f"the token file {path} holds no token")
+    return tokens
+
+
+class Authenticator(grpc.aio.ServerInterceptor):
+    """Refuses calls without a known token, when there are tokens at all.
+
+    Args:
+        tokens: Token to team; empty: an open server.
+    """
+
+    def __init__(self, tokens: Mapping[str, str]) -> None:
+        self._tokens = dict(tokens)
+
+    def team(self, metadata: Any) -> str | None:
+        """Team of a call, from its metadata; None when its token is missing or unknown, empty on an open server."""
+        if not self._tokens:
+            return ""
+        for key, value in metadata or ():
+            if key == "authorization" and isinstance(value, str) and value.startswith("Bearer "):
+                offered = value.removeprefix("Bearer ").encode()
+                for token, team in self._tokens.items():
+                    if hmac.compare_digest(token.encode(), offered):
+                        return team
+        return None
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Let the call through, or answer it with UNAUTHENTICATED."""
+        method = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if method.startswith(_OPEN_METHODS) or self.team(handler_call_details.invocation_metadata) is not None:
+            return handler
+        return _refusal(handler)
+
+
+def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    async def refuse(_request: object, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token: --token or TUNER_TOKEN")
+
+    async def refuse_stream(_request: object, context: grpc.aio.ServicerContext) -> Any:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token: --token or TUNER_TOKEN")
+        yield None
+
+    if handler is not None and handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(refuse_stream)
+    return grpc.unary_unary_rpc_method_handler(refuse)

@@ -1,0 +1,76 @@
+"""HostService: what this instance offers and is doing."""
+
+from __future__ import annotations
+
+import grpc
+
+from tuner_core.model import PROTOCOL
+from tuner_core.proto.tuner.v1 import host_pb2 as pb
+from tuner_core.proto.tuner.v1 import host_pb2_grpc
+from tuner_server import __version__
+from tuner_server.engine import Engine
+from tuner_server.scheduler.supervisor import JobSupervisor
+from tuner_server.services.status import mapped
+
+
+class HostServicer(host_pb2_grpc.HostServiceServicer):
+    """Answers from the engine's and the supervisor's state."""
+
+    def __init__(self, engine: Engine, jobs: JobSupervisor, instance: str, store_url: str) -> None:
+        self._engine = engine
+        self._jobs = jobs
+        self._instance = instance
+        self._store = store_url.split("@")[-1] if "@" in store_url else store_url
+
+    @mapped
+    async def GetHost(  # noqa: N802
+        self, request: pb.GetHostRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetHostResponse:
+        """Devices, workers, jobs; and the target at the share that is asked for."""
+        engine = self._engine
+        await engine.start()
+        share = request.sm_percent or engine.default_share
+        device = engine.device
+        response = pb.GetHostResponse(
+            instance=self._instance,
+            version=__version__,
+            protocol=PROTOCOL,
+            tvm_version=engine.tvm_version,
+            cuda_version=device.cuda_version,
+            running_jobs=self._jobs.running(),
+            draining=self._jobs.draining,
+            store=self._store,
+            partition_kinds=[str(kind) for kind in engine.partition_kinds],
+            target_json=await engine.target_at(share),
+            sm_count=engine.sm_count_at(share),
+            trials_measured=self._jobs.trials_measured,
+        )
+        response.devices.add(
+            kind=device.kind,
+            model=device.model,
+            arch=device.arch,
+            uuid=device.uuid,
+            sm_count=device.sm_count,
+            driver_version=device.driver_version,
+            target_json=await engine.target_at(100),
+        )
+        for worker in engine.workers():
+            response.workers.add(
+                index=worker.index,
+                device_uuid=device.uuid,
+                partition_kind=worker.kind,
+                sm_percent=worker.sm_percent,
+                sm_count_seen=worker.sm_count_seen,
+                state=worker.state,
+                pid=worker.pid,
+                affinity=worker.affinity,
+            )
+        return response
+
+    @mapped
+    async def Drain(  # noqa: N802
+        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DrainResponse:
+        """Finish what runs, take no more."""
+        self._jobs.draining = True
+        return pb.DrainResponse(running_jobs=self._jobs.running())

@@ -1,0 +1,67 @@
+"""TuningService: jobs over gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from tuner_core.proto.tuner.v1 import tuning_pb2 as pb
+from tuner_core.proto.tuner.v1 import tuning_pb2_grpc
+from tuner_server.scheduler.supervisor import JobSupervisor
+from tuner_server.services.auth import Authenticator
+from tuner_server.services.status import mapped
+
+
+class TuningServicer(tuning_pb2_grpc.TuningServiceServicer):
+    """Hands requests to the supervisor."""
+
+    def __init__(self, jobs: JobSupervisor, authenticator: Authenticator) -> None:
+        self._jobs = jobs
+        self._authenticator = authenticator
+
+    @mapped
+    async def SubmitJob(  # noqa: N802
+        self, request: pb.SubmitJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.SubmitJobResponse:
+        """Take in a job; with tokens, for the caller's team."""
+        team = self._authenticator.team(context.invocation_metadata())
+        if team:
+            request.spec.team = team
+        return pb.SubmitJobResponse(job=await self._jobs.submit(request.spec))
+
+    @mapped
+    async def GetJob(  # noqa: N802
+        self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetJobResponse:
+        """Status of one job."""
+        return pb.GetJobResponse(status=self._jobs.get(request.job))
+
+    @mapped
+    async def ListJobs(  # noqa: N802
+        self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListJobsResponse:
+        """All jobs, newest first."""
+        return pb.ListJobsResponse(jobs=self._jobs.list(request.limit))
+
+    @mapped
+    async def WatchJob(  # noqa: N802
+        self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchJobResponse]:
+        """A job's changes until it ends."""
+        async for status, message in self._jobs.watch(request.job):
+            yield pb.WatchJobResponse(status=status, message=message)
+
+    @mapped
+    async def CancelJob(  # noqa: N802
+        self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CancelJobResponse:
+        """End a job."""
+        return pb.CancelJobResponse(status=await self._jobs.cancel(request.job))
+
+    @mapped
+    async def ResumeJob(  # noqa: N802
+        self, request: pb.ResumeJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ResumeJobResponse:
+        """Go on with a job."""
+        return pb.ResumeJobResponse(status=await self._jobs.resume(request.job))
