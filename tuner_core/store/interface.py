@@ -106,7 +106,10 @@ class RecordStore(ABC):
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:
-        """Counts: ``records``, ``valid``, ``failed``, ``verified``, ``workloads``, ``by_device``, ``by_model``, ``by_team``."""
+        """Counts: ``records``, ``valid``, ``failed``, ``verified``, ``workloads``.
+
+        Records again by ``by_device``, ``by_model`` and ``by_team``, each a mapping from name to count.
+        """
 
     @abstractmethod
     def prune(self, older_than: float, team: str = "") -> int:

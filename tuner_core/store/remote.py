@@ -1,0 +1,148 @@
+"""A record store on the other side of a gRPC channel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from tuner_core.errors import StoreError, TunerError, from_status
+from tuner_core.model import Record, RecordKey, Workload
+from tuner_core.proto.tuner.v1 import records_pb2, records_pb2_grpc
+from tuner_core.store import wire
+from tuner_core.store.interface import CommitResult, Page, RecordFilter, RecordStore
+from tuner_core.store.paging import MAX_LIMIT, check_query
+from tuner_core.store.validation import check_record, check_workload
+
+ERROR_TRAILER = "tuner-error"
+_MESSAGE_BYTES = 16 << 20
+
+
+def error_of(rpc_error: grpc.RpcError) -> TunerError:
+    """The product's error for a failed call: the class that the server raised where it says so."""
+    call: Any = rpc_error  # what a stub raises is also a grpc.Call
+    code, details = call.code().name, call.details() or ""
+    trailers = call.trailing_metadata() or ()
+    name = next((str(value) for key, value in trailers if key == ERROR_TRAILER), "")
+    if code == "UNIMPLEMENTED":
+        return TunerError("the server at this address has no record service; check the address and its version")
+    return from_status(code, " ".join(details.split()), name)
+
+
+class RemoteStore(RecordStore):
+    """RecordStore over RecordService.
+
+    Args:
+        channel: An open channel; it stays the caller's, :meth:`close` leaves it open.
+        timeout_s: Deadline of each call.
+
+    Raises (any method, besides the interface's):
+        UnavailableError: The server cannot be reached.
+        DeadlineError: No answer within ``timeout_s``.
+    """
+
+    def __init__(self, channel: grpc.Channel, timeout_s: float = 60.0) -> None:
+        self._stub = records_pb2_grpc.RecordServiceStub(channel)
+        self._timeout_s = timeout_s
+        self._closed = False
+
+    def commit(self, records: Sequence[Record], workloads: Iterable[Workload] = ()) -> CommitResult:
+        """See :meth:`RecordStore.commit`. More than 16 MiB goes in several calls, each stored as a whole."""
+        workloads = list(workloads)
+        for workload in workloads:
+            check_workload(workload)
+        for record in records:
+            check_record(record)
+        stored = known = 0
+        for request in _requests(records, workloads):
+            response = self._call(self._stub.CommitRecords, request)
+            stored += response.stored
+            known += response.known
+        return CommitResult(stored, known)
+
+    def get(self, trial_id: str) -> Record | None:
+        """See :meth:`RecordStore.get`."""
+        response = self._call(self._stub.GetRecord, records_pb2.GetRecordRequest(trial_id=trial_id))
+        return wire.record_from_message(response.record) if response.HasField("record") else None
+
+    def get_workload(self, digest: str) -> Workload | None:
+        """See :meth:`RecordStore.get_workload`."""
+        response = self._call(self._stub.GetWorkload, records_pb2.GetWorkloadRequest(digest=digest))
+        return wire.workload_from_message(response.workload) if response.HasField("workload") else None
+
+    def top(self, key: RecordKey, limit: int = 1, *, verified_only: bool = False) -> list[Record]:
+        """See :meth:`RecordStore.top`."""
+        request = records_pb2.TopRecordsRequest(key=wire.key_to_message(key), limit=limit, verified_only=verified_only)
+        return [wire.record_from_message(m) for m in self._call(self._stub.TopRecords, request).records]
+
+    def query(
+        self,
+        where: RecordFilter,
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        order: str = "latency",
+        top_per_key: int = 0,
+    ) -> Page:
+        """See :meth:`RecordStore.query`. A page that the server cuts into messages is put together here."""
+        check_query(where, limit, cursor, order, top_per_key)
+        records: list[Record] = []
+        while True:
+            request = records_pb2.QueryRecordsRequest(
+                filter=wire.filter_to_message(where),
+                limit=min(limit - len(records), MAX_LIMIT),
+                cursor=cursor or "",
+                order=order,
+                top_per_key=top_per_key,
+            )
+            response = self._call(self._stub.QueryRecords, request)
+            records += [wire.record_from_message(message) for message in response.records]
+            cursor = response.next_cursor or None
+            if cursor is None or len(records) >= limit:
+                return Page(tuple(records), cursor)
+
+    def stats(self) -> dict[str, Any]:
+        """See :meth:`RecordStore.stats`."""
+        found: dict[str, Any] = json.loads(self._call(self._stub.GetStats, records_pb2.GetStatsRequest()).stats_json)
+        return found
+
+    def prune(self, older_than: float, team: str = "") -> int:
+        """See :meth:`RecordStore.prune`."""
+        request = records_pb2.PruneRecordsRequest(older_than=wire.timestamp(older_than), team=team)
+        return int(self._call(self._stub.PruneRecords, request).deleted)
+
+    def close(self) -> None:
+        """See :meth:`RecordStore.close`."""
+        self._closed = True
+
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        if self._closed:
+            raise StoreError("the connection to the store is closed")
+        try:
+            return method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+
+
+def _requests(records: Sequence[Record], workloads: Sequence[Workload]) -> Iterator[records_pb2.CommitRecordsRequest]:
+    """Workloads first, then records, in requests of a bounded size."""
+    request = records_pb2.CommitRecordsRequest()
+    size = 0
+    for workload in workloads:
+        if size > _MESSAGE_BYTES:
+            yield request
+            request, size = records_pb2.CommitRecordsRequest(), 0
+        workload_message = wire.workload_to_message(workload)
+        request.workloads.append(workload_message)
+        size += workload_message.ByteSize()
+    for record in records:
+        if size > _MESSAGE_BYTES:
+            yield request
+            request, size = records_pb2.CommitRecordsRequest(), 0
+        record_message = wire.record_to_message(record)
+        request.records.append(record_message)
+        size += record_message.ByteSize()
+    if size:
+        yield request

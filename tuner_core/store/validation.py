@@ -1,0 +1,66 @@
+"""What a record and a workload must look like before any backend stores them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+from tuner_core.errors import InvalidRecordError
+from tuner_core.model import Record, Workload, sha256_hex, target_digest, trace_digest, trial_id_of_digest
+from tuner_core.store.compression import MAX_BODY_BYTES, MAX_TRACE_BYTES
+
+_HEX = re.compile(r"[0-9a-f]{64}\Z")
+_target_digest = functools.lru_cache(maxsize=256)(target_digest)
+
+
+def check_workload(workload: Workload) -> None:
+    """Raise InvalidRecordError unless the digest is that of the body."""
+    if len(workload.body) > MAX_BODY_BYTES:
+        raise InvalidRecordError(f"workload {workload.digest[:12]}: its body is larger than {MAX_BODY_BYTES} bytes")
+    if sha256_hex(workload.body) != workload.digest:
+        raise InvalidRecordError(f"workload {workload.digest[:12]}: its digest is not the sha256 of its body")
+
+
+def check_record(record: Record) -> str:
+    """Check that a record is whole and that its content addresses are true.
+
+    A false ``trial_id`` would keep the true trial of that id out of the store for ever; a false target digest would
+    answer look-ups for another target.
+
+    Returns:
+        The digest of the record's trace.
+
+    Raises:
+        InvalidRecordError: Says what is wrong with which record.
+    """
+    name = f"record {record.trial_id[:12]}"
+    if not _HEX.match(record.trial_id) or not _HEX.match(record.workload_digest):
+        raise InvalidRecordError(f"{name}: trial_id and workload_digest must be sha256 in lower-case hex")
+    if len(record.trace) > MAX_TRACE_BYTES:
+        raise InvalidRecordError(f"{name}: its trace is larger than {MAX_TRACE_BYTES} bytes")
+    try:
+        digest = trace_digest(record.trace)
+    except (ValueError, RecursionError):
+        raise InvalidRecordError(f"{name}: its trace is not JSON") from None
+    try:
+        if _target_digest(record.target_json) != record.target_digest:
+            raise InvalidRecordError(f"{name}: its target digest is not that of its target")
+    except (ValueError, RecursionError):
+        raise InvalidRecordError(f"{name}: its target is not JSON") from None
+    if trial_id_of_digest(record.key, digest, record.job, record.verified) != record.trial_id:
+        raise InvalidRecordError(f"{name}: its trial_id is not the address of its content")
+    if not 1 <= record.sm_percent <= 100:
+        raise InvalidRecordError(f"{name}: sm_percent {record.sm_percent} is not in 1..100")
+    if record.sm_count < 1 or record.neighbours < 0:
+        raise InvalidRecordError(f"{name}: sm_count must be positive and neighbours not negative")
+    if not math.isfinite(record.created_at):
+        raise InvalidRecordError(f"{name}: its time is not a number")
+    if record.failure is None:
+        if record.median_us is None:
+            raise InvalidRecordError(f"{name}: it has neither a latency nor a failure")
+        if not math.isfinite(record.median_us) or record.median_us <= 0:
+            raise InvalidRecordError(f"{name}: its latency {record.median_us} us is not a positive number")
+    elif record.median_us is not None:
+        raise InvalidRecordError(f"{name}: a failed trial has no latency")
+    return digest
