@@ -1,0 +1,64 @@
+"""What goes in and out of a search session; shared by the pool and the process, without TVM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KnownTrial:
+    """A trial with its outcome.
+
+    Attributes:
+        trace: JSON of the trace.
+        median_us: Its latency; None when the trial failed.
+    """
+
+    trace: str
+    median_us: float | None
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a session searches.
+
+    Attributes:
+        proposals: Mutated schedules that the cost model ranks for each batch; they are only decisions, not replayed.
+        generations: How often the best of them are mutated again.
+        epsilon: Share of a batch that is drawn at random, so that the model sees what it does not believe in.
+        random_first: Trials to draw at random before the model is asked.
+        boost_rounds: Trees of the cost model.
+        known_limit: Known trials that a session starts from, the fastest first.
+        attempts_per_candidate: Schedules to try for one that is valid and new, before a batch ends short.
+        batch_seconds: A batch ends short after this long, once it has at least one candidate.
+        timeout_s: Deadline of one request; the process is killed on expiry.
+    """
+
+    proposals: int = 384
+    generations: int = 3
+    epsilon: float = 0.1
+    random_first: int = 16
+    boost_rounds: int = 40
+    known_limit: int = 2000
+    attempts_per_candidate: int = 64
+    batch_seconds: float = 20.0
+    timeout_s: float = 120.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> SearchSettings:
+        """Back from :meth:`to_json`."""
+        return SearchSettings(**fields)
+
+
+class SearchFailed(Exception):
+    """A task's search cannot sample a single valid schedule; the text says why."""
+
+
+class SearchLost(Exception):
+    """The process of a session is gone; open the session again with what is known."""

@@ -1,0 +1,206 @@
+"""Search processes and the sessions on them, as the scheduler's driver sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuner_core.model import Workload
+from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+from tuner_server.search.messages import KnownTrial, SearchFailed, SearchLost, SearchSettings
+
+__all__ = ["KnownTrial", "SearchFailed", "SearchLost", "SearchPool", "SearchSettings"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Slot:
+    name: str
+    child: Child | None = None
+    sessions: set[str] = field(default_factory=set)
+    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class SearchPool:
+    """Runs search sessions in child processes; a session stays on the process that it was opened on.
+
+    Args:
+        spawner: Where processes come from; they start at first need.
+        processes: How many at most; sessions of different processes run at the same time.
+        settings: For every session.
+        affinity: Cores to pin the processes to; empty: all.
+        nice: Added to their niceness.
+    """
+
+    def __init__(
+        self,
+        spawner: Spawner,
+        processes: int = 1,
+        settings: SearchSettings | None = None,
+        affinity: Sequence[int] = (),
+        nice: int = 0,
+    ) -> None:
+        self._spawner = spawner
+        self._settings = settings or SearchSettings()
+        self._affinity = tuple(affinity)
+        self._nice = nice
+        self._slots = [_Slot(f"search-{index}") for index in range(max(1, processes))]
+        self._homes: dict[str, tuple[_Slot, Child]] = {}
+        self._paused = False
+        self._stopped = False
+
+    @property
+    def sessions(self) -> int:
+        """Number of open sessions."""
+        return len(self._homes)
+
+    async def open(
+        self, session: str, workload: Workload, target_json: str, *, seed: int, known: Sequence[KnownTrial] = ()
+    ) -> None:
+        """Open a session, in place of one of the same name.
+
+        Args:
+            session: Its name.
+            workload: What to schedule.
+            target_json: For which target.
+            seed: Of its random choices.
+            known: Trials from before; never proposed again.
+
+        Raises:
+            SearchFailed: The workload or target is not accepted.
+            SearchLost: The process died over it.
+        """
+        if session in self._homes:
+            await self.close(session)
+        slot = min(self._slots, key=lambda slot: len(slot.sessions))
+        slot.sessions.add(session)
+        try:
+            child = await self._child(slot)
+            self._homes[session] = (slot, child)
+            await self._request(
+                session,
+                "open",
+                {"body": workload.body, "target": target_json, "seed": seed, "known": _rows(known)},
+            )
+        except BaseException:
+            slot.sessions.discard(session)
+            self._homes.pop(session, None)
+            raise
+
+    async def generate(self, session: str, count: int) -> list[str]:
+        """New candidates of a session; earlier ones need not have been reported.
+
+        Args:
+            session: An open session.
+            count: How many at most.
+
+        Returns:
+            Traces as JSON, new ones only; empty when the space seems exhausted.
+
+        Raises:
+            SearchFailed: Not one valid schedule can be sampled; the text says why.
+            SearchLost: The process died; open the session again.
+        """
+        result = await self._request(session, "generate", {"count": count})
+        return list(result["traces"])
+
+    async def report(self, session: str, trials: Sequence[KnownTrial]) -> None:
+        """Tell a session how trials came out.
+
+        Raises:
+            SearchLost: The process died; open the session again.
+        """
+        if trials:
+            await self._request(session, "report", {"trials": _rows(trials)})
+
+    async def close(self, session: str) -> None:
+        """Forget a session; one that is unknown or lost is closed already."""
+        with contextlib.suppress(SearchLost, SearchFailed):
+            await self._request(session, "close", {})
+        self._forget(session)
+
+    def pause(self) -> None:
+        """Stop the processes (SIGSTOP) until :meth:`resume`; deadlines stand still."""
+        self._paused = True
+        for slot in self._slots:
+            if slot.child is not None:
+                slot.child.pause()
+
+    def resume(self) -> None:
+        """Let the processes go on."""
+        self._paused = False
+        for slot in self._slots:
+            if slot.child is not None:
+                slot.child.resume()
+
+    async def stop(self) -> None:
+        """End the processes; every session is lost."""
+        self._stopped = True
+        self.resume()
+        children = [slot.child for slot in self._slots if slot.child is not None]
+        await asyncio.gather(*(child.close() for child in children))
+        self._homes.clear()
+
+    async def _child(self, slot: _Slot) -> Child:
+        async with slot.starting:
+            if self._stopped:
+                raise SearchLost("the search processes have been stopped")
+            if slot.child is None or not slot.child.alive:
+                config = {"settings": self._settings.to_json()}
+                try:
+                    slot.child = await self._spawner.spawn(
+                        "search", config, name=slot.name, affinity=self._affinity, nice=self._nice
+                    )
+                except ChildDied as error:
+                    raise SearchLost(str(error)) from None
+                if self._paused:
+                    slot.child.pause()
+            return slot.child
+
+    async def _request(self, session: str, op: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        if session not in self._homes:
+            raise SearchLost(f"session {session} is not open")
+        _slot, child = self._homes[session]
+        # shielded: cancelling a request kills its process, and with it the sessions of other tasks
+        work = asyncio.ensure_future(child.request(op, {"session": session, **args}, self._settings.timeout_s))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(_ignore_outcome)
+            raise
+        except ChildError as error:
+            if error.kind == "unknown_session":
+                self._forget(session)
+                raise SearchLost(str(error)) from None
+            raise SearchFailed(str(error)) from None
+        except (ChildDied, ChildTimeout) as error:
+            self._lose(child)
+            raise SearchLost(str(error)) from None
+
+    def _lose(self, child: Child) -> None:
+        child.kill()
+        lost = [session for session, (_, home) in self._homes.items() if home is child]
+        log.warning("%s is gone, and %d sessions with it", child.name, len(lost))
+        for session in lost:
+            self._forget(session)
+        for slot in self._slots:
+            if slot.child is child:
+                slot.child = None
+
+    def _forget(self, session: str) -> None:
+        if session in self._homes:
+            self._homes.pop(session)[0].sessions.discard(session)
+
+
+def _rows(trials: Sequence[KnownTrial]) -> list[list[Any]]:
+    return [[trial.trace, trial.median_us] for trial in trials]
+
+
+def _ignore_outcome(work: asyncio.Future[dict[str, Any]]) -> None:
+    if not work.cancelled():
+        work.exception()

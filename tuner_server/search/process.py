@@ -1,0 +1,64 @@
+"""The search process: many sessions, one request at a time. Role ``search`` of the prefork process."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from tuner_server.processes.child import WorkError, serve
+from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
+from tuner_server.search.session import SearchSession
+
+
+class _Sessions:
+    def __init__(self, settings: SearchSettings) -> None:
+        self._settings = settings
+        self._open: dict[str, SearchSession] = {}
+
+    def open(self, args: dict[str, Any]) -> dict[str, Any]:
+        session = SearchSession(args["body"], args["target"], self._settings, args["seed"], _trials(args["known"]))
+        self._open[args["session"]] = session
+        return {"spaces": session.space_sizes}
+
+    def generate(self, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"traces": self._get(args).generate(args["count"])}
+        except SearchFailed as error:
+            raise WorkError("search_failed", str(error)) from None
+
+    def report(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._get(args).report(_trials(args["trials"]))
+        return {}
+
+    def close(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._open.pop(args["session"], None)
+        return {}
+
+    def _get(self, args: dict[str, Any]) -> SearchSession:
+        try:
+            return self._open[args["session"]]
+        except KeyError:
+            raise WorkError("unknown_session", f"no session {args['session']} in this process") from None
+
+
+def _trials(rows: list[list[Any]]) -> list[KnownTrial]:
+    return [KnownTrial(trace, median_us) for trace, median_us in rows]
+
+
+def main(sock: socket.socket, config: dict[str, Any]) -> None:
+    """Serve until the peer closes.
+
+    Args:
+        sock: Connected stream socket.
+        config: ``settings``: :class:`SearchSettings` as JSON.
+    """
+    sessions = _Sessions(SearchSettings.from_json(config["settings"]))
+    serve(
+        sock,
+        {
+            "open": sessions.open,
+            "generate": sessions.generate,
+            "report": sessions.report,
+            "close": sessions.close,
+        },
+    )

@@ -1,0 +1,225 @@
+"""Design spaces as vectors of decisions, so that thousands of schedules can be drawn, mutated and compared unapplied.
+
+MetaSchedule describes a space as a trace whose sampling instructions carry decisions. Applying a trace costs
+milliseconds; changing a decision costs microseconds. A :class:`DesignSpace` holds the *knobs* of such a trace, a
+*point* one value for each of them. Everything here works on the JSON of traces and knows nothing of TVM's objects.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Value = int | tuple[int, ...]
+Point = tuple[Value, ...]
+
+_PARALLEL = "meta_schedule.parallel"
+_MAX_JOBS_PER_CORE = 16
+# Shares of mutations, after MetaSchedule's default mutators (TileSize 0.9, ComputeLocation 0.05, Unroll 0.03, Parallel
+# 0.02), flattened: every knob has to move within a few dozen trials.
+_WEIGHTS = {"tile": 1.0, "location": 0.4, "categorical": 0.4, "parallel": 0.25}
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One decision of a space.
+
+    Attributes:
+        kind: ``tile`` (SamplePerfectTile), ``categorical`` (SampleCategorical), ``location`` (SampleComputeLocation) or
+            ``parallel`` (the limit of the annotation ``meta_schedule.parallel``).
+        position: Index of its instruction.
+        options: Number of choices of a categorical knob; the limits of a parallel knob.
+        levels: Number of factors of a tile.
+        max_innermost: Largest innermost factor of a tile; 0: none.
+    """
+
+    kind: str
+    position: int
+    options: tuple[int, ...] = ()
+    levels: int = 0
+    max_innermost: int = 0
+
+
+def _knob_of(position: int, instruction: Sequence[Any]) -> Knob | None:
+    kind, inputs, attrs, _outputs = instruction
+    if kind == "SamplePerfectTile":
+        return Knob("tile", position, levels=int(attrs[0]), max_innermost=int(attrs[1]))
+    if kind == "SampleCategorical":
+        return Knob("categorical", position, options=tuple(range(len(attrs[0]))))
+    if kind == "SampleComputeLocation":
+        return Knob("location", position)
+    if kind == "Annotate" and attrs == [_PARALLEL] and isinstance(inputs[1], int):
+        cores = max(1, inputs[1] // _MAX_JOBS_PER_CORE)
+        return Knob("parallel", position, options=tuple(sorted({cores * jobs for jobs in (1, 4, 16)} | {inputs[1]})))
+    return None
+
+
+def before_postprocessing(instructions: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+    """The instructions of a trace that belong to its space; what follows was derived by post-processors."""
+    for index, instruction in enumerate(instructions):
+        if instruction[0] == "EnterPostproc":
+            return instructions[:index]
+    return instructions
+
+
+def _signature(instructions: Sequence[Sequence[Any]]) -> str:
+    plain = []
+    for kind, inputs, attrs, outputs in instructions:
+        if kind == "Annotate" and attrs == [_PARALLEL]:
+            inputs = [inputs[0], "limit"]
+        plain.append([kind, inputs, attrs, outputs])
+    return json.dumps(plain, separators=(",", ":"))
+
+
+class DesignSpace:
+    """One sketch of a task: its instructions and its knobs.
+
+    Args:
+        index: Position among the task's spaces.
+        trace: The space's trace as parsed JSON, ``[instructions, decisions]``.
+
+    Attributes:
+        signature: Equal for two traces exactly when they are of the same space.
+        knobs: What may be decided.
+        width: Number of :meth:`features`.
+    """
+
+    def __init__(self, index: int, trace: Sequence[Any]) -> None:
+        instructions = before_postprocessing(trace[0])
+        self.index = index
+        self.signature = _signature(instructions)
+        knobs = (_knob_of(position, instruction) for position, instruction in enumerate(instructions))
+        self.knobs = tuple(knob for knob in knobs if knob is not None)
+        self._weights = [_WEIGHTS[knob.kind] for knob in self.knobs]
+        depths = {knob.levels for knob in self.knobs if knob.levels}
+        self._sums = {(depth, level): 0.0 for depth in sorted(depths) for level in range(depth)}
+        self.width = sum(2 * knob.levels if knob.levels else 1 for knob in self.knobs) + len(self._sums)
+
+    def point_of(self, trace: Sequence[Any]) -> Point | None:
+        """The point that a trace took in this space.
+
+        Args:
+            trace: As parsed JSON, with or without what post-processors appended.
+
+        Returns:
+            None when the trace is not of this space, or has no decision for a knob.
+        """
+        instructions = before_postprocessing(trace[0])
+        if _signature(instructions) != self.signature:
+            return None
+        decisions = {position: decision for position, decision in trace[1]}
+        values: list[Value] = []
+        for knob in self.knobs:
+            if knob.kind == "parallel":
+                values.append(int(instructions[knob.position][1][1]))
+                continue
+            decision = decisions.get(knob.position)
+            if decision is None:
+                return None
+            values.append(tuple(int(factor) for factor in decision) if knob.kind == "tile" else int(decision))
+        return tuple(values)
+
+    def features(self, point: Point) -> list[float]:
+        """Numbers for the cost model: log2 of tile factors and of what lies inside them, choices as they are.
+
+        The last entries are sums over all tiles of equal depth, level by level: the logarithm of a register tile's or
+        a thread block's size, which no single knob shows.
+        """
+        row: list[float] = []
+        sums = dict(self._sums)
+        for knob, value in zip(self.knobs, point, strict=True):
+            if isinstance(value, tuple):
+                inner = 0.0
+                for level in range(len(value) - 1, -1, -1):
+                    bits = math.log2(value[level]) if value[level] > 0 else 0.0
+                    inner += bits
+                    row += (bits, inner)
+                    sums[len(value), level] += bits
+            elif knob.kind == "parallel":
+                row.append(math.log2(max(1, value)))
+            else:
+                row.append(float(value))
+        return row + list(sums.values())
+
+    def mutate(self, point: Point, rng: random.Random) -> Point:
+        """A neighbour of a point: usually one knob changed, sometimes two or three."""
+        if not self.knobs:
+            return point
+        values = list(point)
+        for _ in range(1 + (rng.random() < 0.3) + (rng.random() < 0.1)):
+            index = rng.choices(range(len(values)), self._weights)[0]
+            values[index] = _changed(self.knobs[index], values[index], rng)
+        return tuple(values)
+
+    def redraw(self, point: Point, rng: random.Random) -> Point:
+        """A random point, with the loop extents of another one."""
+        return tuple(_redrawn(knob, value, rng) for knob, value in zip(self.knobs, point, strict=True))
+
+    def cross(self, first: Point, second: Point, rng: random.Random) -> Point:
+        """Each knob from one of two parents."""
+        return tuple(a if rng.random() < 0.5 else b for a, b in zip(first, second, strict=True))
+
+
+def _changed(knob: Knob, value: Value, rng: random.Random) -> Value:
+    if isinstance(value, tuple):
+        return _moved_factor(value, knob.max_innermost, rng) if rng.random() < 0.8 else _redrawn(knob, value, rng)
+    if knob.kind == "location":
+        return max(-2, value + rng.choice((-3, -2, -1, 1, 2, 3)))
+    others = [option for option in knob.options if option != value]
+    return rng.choice(others) if others else value
+
+
+def _redrawn(knob: Knob, value: Value, rng: random.Random) -> Value:
+    if isinstance(value, tuple):
+        return _random_tile(math.prod(value), len(value), knob.max_innermost, rng)
+    if knob.kind == "location":
+        return value if rng.random() < 0.5 else max(-2, value + rng.randint(-4, 4))
+    if knob.kind == "parallel":
+        return value
+    return rng.choice(knob.options)
+
+
+def _moved_factor(tile: tuple[int, ...], max_innermost: int, rng: random.Random) -> tuple[int, ...]:
+    """Move a divisor from one level to another, as MetaSchedule's MutateTileSize does."""
+    sources = [level for level, factor in enumerate(tile) if factor > 1]
+    if not sources or len(tile) < 2:
+        return tile
+    source = rng.choice(sources)
+    goal = rng.choice([level for level in range(len(tile)) if level != source])
+    divisors = [d for d in range(2, tile[source] + 1) if tile[source] % d == 0]
+    if max_innermost and goal == len(tile) - 1:
+        divisors = [d for d in divisors if d * tile[goal] <= max_innermost]
+    if not divisors:
+        return tile
+    divisor = rng.choice(divisors)
+    moved = list(tile)
+    moved[source] //= divisor
+    moved[goal] *= divisor
+    return tuple(moved)
+
+
+def _random_tile(extent: int, levels: int, max_innermost: int, rng: random.Random) -> tuple[int, ...]:
+    tile = [1] * levels
+    for prime in _primes(extent):
+        level = rng.randrange(levels)
+        if level == levels - 1 and max_innermost and tile[level] * prime > max_innermost:
+            level = rng.randrange(levels - 1) if levels > 1 else 0
+        tile[level] *= prime
+    return tuple(tile)
+
+
+def _primes(number: int) -> list[int]:
+    found = []
+    divisor = 2
+    while divisor * divisor <= number:
+        while number % divisor == 0:
+            found.append(divisor)
+            number //= divisor
+        divisor += 1
+    if number > 1:
+        found.append(number)
+    return found
