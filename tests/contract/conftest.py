@@ -1,0 +1,77 @@
+"""Every backend of the record store, in process and behind the gRPC service. A new backend is one more entry here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tuner_core.proto.tuner.v1 import records_pb2_grpc
+from tuner_core.store.interface import RecordStore
+from tuner_core.store.open import open_store
+from tuner_core.store.remote import RemoteStore
+from tuner_server.services.records import RecordServicer
+
+
+@contextlib.contextmanager
+def serving(store: RecordStore) -> Iterator[str]:
+    """A real grpc.aio server on a free port, in a thread of its own; yields its address."""
+    address: list[str] = []
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+    ready = threading.Event()
+
+    async def serve() -> None:
+        server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 << 20)])
+        records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(store), server)
+        address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        ready.set()
+        await stop.wait()
+        await server.stop(None)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield address[0]
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+        loop.close()
+
+
+@contextlib.contextmanager
+def sqlite_backend(directory: Path) -> Iterator[RecordStore]:
+    """A store file of its own."""
+    store = open_store(f"sqlite://{directory / 'records.db'}")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def remote(
+    backend: Callable[[Path], contextlib.AbstractContextManager[RecordStore]], directory: Path
+) -> Iterator[RecordStore]:
+    """The same backend behind the service."""
+    with backend(directory) as store, serving(store) as address, grpc.insecure_channel(address) as channel:
+        yield RemoteStore(channel, timeout_s=30)
+
+
+BACKENDS = {"sqlite": sqlite_backend}
+
+
+@pytest.fixture(params=[f"{place}-{name}" for name in BACKENDS for place in ("local", "remote")])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RecordStore]:
+    """An empty store of each kind in turn."""
+    place, name = request.param.split("-", 1)
+    opened = BACKENDS[name](tmp_path) if place == "local" else remote(BACKENDS[name], tmp_path)
+    with opened as found:
+        yield found
