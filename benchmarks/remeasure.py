@@ -1,8 +1,8 @@
 """Measure finished schedules the same way, whoever found them.
 
-Run as ``python benchmarks/remeasure.py IN.json OUT.json``. ``IN.json``: ``{"target": {...}, "device": "cpu", "rounds": 9,
-"tasks": [{"name", "body", "traces": {"stock": TRACE, ...}}]}``. Every schedule is built first; then rounds go over the
-schedules of a task in turn, so that drift of the machine hits all alike. ``OUT.json``: per task and side the median of
+Run as ``python benchmarks/remeasure.py IN.json OUT.json``. ``IN.json``: ``{"target": {...}, "device": "cpu",
+"rounds": 9, "tasks": [{"name", "body", "traces": {"stock": TRACE, ...}}]}``. A task's schedules are built first; then
+rounds go over them in turn, so that drift of the machine hits all alike. ``OUT.json``: per task and side the median of
 the rounds' medians and their spread, microseconds.
 """
 

@@ -1,4 +1,4 @@
-"""Committed results: JSON ``{schema, device, driver, date, command, commit, rows: [...]}``, with machine and versions."""
+"""Result files: JSON ``{schema, device, driver, date, command, commit, rows: [...]}``, with machine and versions."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Stock MetaSchedule on given tasks: ``ms.tune_tasks`` with its defaults, and what every trial gave.
 
-Run as ``python benchmarks/stock.py TASKS.json RESULT.json``, in a process of its own, so that its start-up is its own too.
-``TASKS.json``: ``{"target": {...}, "trials_per_task": 64, "seed": 1, "evaluator": null, "tasks": [{"name", "weight", "body"}]}``
-(``body`` is a workload's canonical JSON; ``evaluator`` replaces stock's own settings). Times in the result are seconds
-since the epoch, latencies microseconds.
+Run as ``python benchmarks/stock.py TASKS.json RESULT.json``, in a process of its own, so that its start-up is its own
+too. ``TASKS.json``: ``{"target": {...}, "trials_per_task": 64, "seed": 1, "evaluator": null, "tasks": [{"name",
+"weight", "body"}]}`` (``body`` is a workload's canonical JSON; ``evaluator`` replaces stock's own settings). Times in
+the result are seconds since the epoch, latencies microseconds.
 """
 
 from __future__ import annotations
