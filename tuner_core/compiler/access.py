@@ -83,8 +83,8 @@ def analyse_block(schedule: Schedule, block: Any) -> BlockAccess:
     Raises:
         ValueError: Loops and iteration variables are not one to one, or the block writes several buffers.
     """
-    import tvm
-    from tvm import tirx
+    import tvm_ffi
+    from tvm import ir, tirx
 
     stmt = schedule.get(block)
     loops = [schedule.get(loop) for loop in schedule.get_loops(block)]
@@ -97,26 +97,20 @@ def analyse_block(schedule: Schedule, block: Any) -> BlockAccess:
     loads: list[Any] = []
     calls: list[Any] = []
 
-    def visit(node: Any) -> None:
-        if isinstance(node, tirx.BufferLoad):
-            loads.append(node)
-        elif isinstance(node, tirx.Call | tirx.Select):
-            calls.append(node)
-
     store = stmt.body
     if not isinstance(store, tirx.BufferStore):
         raise ValueError("the block's body is not one store")
-    tirx.stmt_functor.post_order_visit(store.value, visit)
+    tvm_ffi.structural_walk(store.value, [(ir.TensorLoad, loads.append), ((ir.Call, tirx.Select), calls.append)])
     written = store.buffer
     reads = tuple(
-        _strides(load.buffer, load.indices, variables) for load in loads if not load.buffer.same_as(written)
+        _strides(load.source, load.indices, variables) for load in loads if not load.source.same_as(written)
     )
     return BlockAccess(
         extents=extents,
         spatial=spatial,
         write_strides=_strides(written, store.indices, variables),
         read_strides=reads,
-        element_bits=tvm.DataType(written.dtype).bits if hasattr(tvm, "DataType") else 32,
+        element_bits=_bits(str(written.dtype)),
         costs_to_repeat=bool(calls),
     )
 
@@ -140,24 +134,27 @@ def _strides(buffer: Any, indices: Any, variables: list[Any]) -> tuple[int, ...]
 
 
 def _coefficients(index: Any, variables: list[Any]) -> list[int | None]:
-    from tvm import tirx
-    from tvm.arith import detect_linear_equation
+    """Per variable, by how much the index grows with it; None when that is not a constant."""
+    import tvm_ffi
+    from tvm import ir, tirx
+    from tvm.sym import detect_linear_equation
 
-    used = {}
-    tirx.stmt_functor.post_order_visit(index, lambda node: used.update({node: True}) if isinstance(node, tirx.Var) else None)
+    used: list[Any] = []
+    tvm_ffi.structural_walk(index, (ir.Var, used.append))
     present = [any(var.same_as(node) for node in used) for var in variables]
     if not any(present):
         return [0] * len(variables)
-    chosen = [var for var, here in zip(variables, present, strict=True) if here]
-    linear = detect_linear_equation(index, chosen)
+    linear = detect_linear_equation(index, [var for var, here in zip(variables, present, strict=True) if here])
     if not linear:
         return [None if here else 0 for here in present]
-    values = iter(linear[:-1])
+    values = iter(linear)
     result: list[int | None] = []
     for here in present:
-        if not here:
-            result.append(0)
-            continue
-        value = next(values)
-        result.append(int(value) if isinstance(value, tirx.IntImm) else None)
+        value = next(values) if here else 0
+        result.append(int(value) if isinstance(value, int | tirx.IntImm) else None)
     return result
+
+
+def _bits(dtype: str) -> int:
+    digits = "".join(character for character in dtype if character.isdigit())
+    return int(digits) if digits else 8

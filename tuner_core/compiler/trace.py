@@ -24,7 +24,7 @@ def trace_to_json(schedule: Schedule) -> str:
     """
     if schedule.trace is None:
         raise InvalidRecordError("this schedule was made without a trace")
-    return json.dumps(schedule.trace.as_json(), separators=(",", ":"))
+    return json.dumps(schedule.trace.as_json(), separators=(",", ":"), default=_constant)
 
 
 def apply_trace(mod: IRModule, trace_json: str) -> Schedule:
@@ -58,6 +58,15 @@ def apply_trace(mod: IRModule, trace_json: str) -> Schedule:
 def is_empty(trace_json: str) -> bool:
     """Whether a trace has no instruction: it leaves the workload unscheduled."""
     return not _parse(trace_json)[0]
+
+
+def _constant(value: Any) -> Any:
+    """The number in one of TVM's constants; JSON knows nothing else that a trace may hold."""
+    from tvm import tirx
+
+    if isinstance(value, tirx.IntImm | tirx.FloatImm):
+        return value.value
+    raise InvalidRecordError(f"a trace holds a {type(value).__name__}, which is no JSON value")
 
 
 def _parse(trace_json: str) -> Any:
