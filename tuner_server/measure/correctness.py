@@ -1,0 +1,81 @@
+"""Whether a kernel computed the right thing: comparison with a reference, with a tolerance for each type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Verdict = Literal["ok", "wrong_result", "inconclusive"]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Largest error relative to the output's scale. Schedules reorder sums, which moves a result by some units in the last
+# place of the accumulator (2^-24 for float32, 2^-11 for float16) times the root of the number of terms.
+RELATIVE_TOLERANCE = {
+    "float64": 1e-9,
+    "float32": 1e-4,
+    "float16": 2e-2,
+    "bfloat16": 6e-2,
+}
+_COARSE_FLOAT = 0.2  # 8-bit floats
+_TINY = 1e-30
+MODEL_FACTOR = 20.0  # errors of one layer pass through the others
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outcome of a comparison.
+
+    Attributes:
+        verdict: ``inconclusive`` when the reference itself holds NaN or Inf.
+        max_error: Largest error relative to the scale of the output; Inf for a value that is not finite.
+        message: For people; empty on ``ok``.
+    """
+
+    verdict: Verdict
+    max_error: float
+    message: str = ""
+
+
+def tolerance(dtype: str) -> float:
+    """Largest acceptable error relative to the output's scale; 0 for integers."""
+    if "int" in dtype or dtype == "bool":
+        return 0.0
+    return RELATIVE_TOLERANCE.get(dtype, _COARSE_FLOAT)
+
+
+def compare(outputs: Sequence[Array], references: Sequence[Array], factor: float = 1.0) -> Comparison:
+    """Compare all outputs of a kernel.
+
+    The error of an element is taken relative to the larger of its reference and the mean magnitude of the whole
+    reference: elements that cancel to almost nothing do not fail a kernel, and a large element does not hide a wrong
+    small one.
+
+    Args:
+        outputs: What the kernel wrote.
+        references: What it should have written, same shapes and types.
+        factor: Multiplies the tolerance.
+    """
+    worst = 0.0
+    for index, (output, reference) in enumerate(zip(outputs, references, strict=True)):
+        name = reference.dtype.name
+        got, expected = output.astype(np.float64), reference.astype(np.float64)
+        if not np.isfinite(expected).all():
+            return Comparison("inconclusive", worst, f"the reference of output {index} holds NaN or Inf")
+        if not np.isfinite(got).all():
+            return Comparison("wrong_result", float("inf"), f"output {index} holds NaN or Inf, its reference does not")
+        if expected.size == 0:
+            continue
+        scale = np.maximum(np.abs(expected), max(float(np.abs(expected).mean()), _TINY))
+        error = float((np.abs(got - expected) / scale).max())
+        worst = max(worst, error)
+        allowed = tolerance(name) * factor
+        if error > allowed:
+            return Comparison(
+                "wrong_result",
+                worst,
+                f"output {index} ({name}) is off by {error:.3g} of its scale, allowed: {allowed:g}",
+            )
+    return Comparison("ok", worst)
