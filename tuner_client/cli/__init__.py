@@ -1,0 +1,1 @@
+"""The ``tuner-client`` command; one module for each family of commands."""

@@ -1,0 +1,202 @@
+"""Options that every command has, and what they give a command to work with."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from tuner_client.cli.ending import environment_server
+from tuner_core.datadir import default_data_dir
+from tuner_core.errors import UsageError
+from tuner_core.transport.options import ConnectionOptions, read_token
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tuner_client.api import Client
+    from tuner_client.render.live import LiveProgress
+    from tuner_client.render.plain import PlainProgress
+
+_PLAIN_WIDTH = 120
+
+
+@dataclass
+class Session:
+    """One run of a command.
+
+    Attributes:
+        connection: The server that was named, or None.
+        data_dir: The data directory.
+        as_json: Print one JSON document on standard output and nothing else there.
+        debug: Show what libraries print.
+        reconnect_s: For how long a lost server is waited for.
+    """
+
+    connection: ConnectionOptions | None
+    data_dir: Path
+    as_json: bool
+    debug: bool
+    reconnect_s: float
+
+    def __post_init__(self) -> None:
+        # Progress goes to duplicates: descriptors 1 and 2 are the log's while libraries work.
+        self._out = _duplicate(sys.stderr if self.as_json else sys.stdout)
+
+    @functools.cached_property
+    def console(self) -> Console:
+        """Where people look: standard output, or standard error when that is for JSON."""
+        from rich.console import Console
+
+        terminal = self._out.isatty() and os.environ.get("TERM") != "dumb"
+        width = None if terminal or "COLUMNS" in os.environ else _PLAIN_WIDTH
+        return Console(file=self._out, width=width, highlight=False, force_terminal=terminal, legacy_windows=False)
+
+    @functools.cached_property
+    def progress(self) -> LiveProgress | PlainProgress:
+        """The live view on a terminal, plain lines elsewhere."""
+        if self.console.is_terminal:
+            from rich.console import Console
+
+            from tuner_client.render.live import LiveProgress
+
+            return LiveProgress(self.console if isinstance(self.console, Console) else Console())
+        from tuner_client.render.plain import PlainProgress
+
+        return PlainProgress(self._out)
+
+    def client(self, server_arguments: Sequence[str] = (), *, lines: bool = False) -> Client:
+        """A client for what was asked; close it, or use it as a context.
+
+        Args:
+            server_arguments: For a local server that is started.
+            lines: Say what goes on without a terminal too: for commands that take long, not for listings.
+        """
+        from tuner_client.api import Client
+        from tuner_client.progress import Silent
+
+        return Client(
+            self.connection,
+            data_dir=self.data_dir,
+            progress=self.progress if lines or self.console.is_terminal else Silent(),
+            reconnect_s=self.reconnect_s,
+            quiet=self.quiet,
+            server_arguments=server_arguments,
+        )
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Around work in libraries that print: their output goes to the log, unless ``--debug``."""
+        from tuner_client.logfile import output_to_log
+
+        if self.debug:
+            yield
+            return
+        with output_to_log(self.data_dir):
+            yield
+
+    def show(self, renderable: Any) -> None:
+        """Print for people; nothing under ``--json``."""
+        if not self.as_json:
+            self.console.print(renderable)
+            self._out.flush()
+
+    def close_view(self) -> None:
+        """Take a live view off the terminal."""
+        close = getattr(self.progress, "close", None)
+        if close is not None:
+            close()
+
+
+def _duplicate(stream: TextIO) -> TextIO:
+    try:
+        number = os.dup(stream.fileno())
+    except (OSError, ValueError):
+        return stream
+    # A terminal that lacks a character gets a question mark, not a traceback.
+    return os.fdopen(number, "w", encoding=stream.encoding, errors="replace", buffering=1)
+
+
+def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of every command; the function gets a :class:`Session` as ``session``."""
+
+    @functools.wraps(command)
+    def run(
+        server: tuple[str, ...],
+        data_dir: Path | None,
+        as_json: bool,
+        debug: bool,
+        reconnect_s: float,
+        tls: bool,
+        tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        tls_name: str,
+        token_file: Path | None,
+        insecure: bool,
+        **rest: Any,
+    ) -> Any:
+        servers = list(server) or environment_server()
+        if len(servers) > 1:
+            raise UsageError(
+                f"{len(servers)} servers were given, but this version drives one at a time; give one --server HOST:PORT"
+            )
+        connection = None
+        if servers:
+            connection = ConnectionOptions(
+                servers[0],
+                tls=tls,
+                tls_ca=tls_ca,
+                tls_cert=tls_cert,
+                tls_key=tls_key,
+                tls_name=tls_name,
+                token=read_token(token_file, os.environ),
+                insecure=insecure,
+            )
+        elif tls or tls_ca or tls_cert or tls_key or token_file:
+            raise UsageError("TLS and token options are for a server that is named: give --server HOST:PORT")
+        session = Session(connection, (data_dir or default_data_dir()).absolute(), as_json, debug, reconnect_s)
+        try:
+            return command(session=session, **rest)
+        finally:
+            session.close_view()
+
+    path = click.Path(path_type=Path)
+    options = [
+        click.option(
+            "--server",
+            multiple=True,
+            metavar="HOST:PORT",
+            help="[env: TUNER_SERVER; default: a local server]",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
+        click.option(
+            "--data-dir", type=path, envvar="TUNER_DATA_DIR", metavar="DIR", help="Of the local server, and the log."
+        ),
+        click.option("--tls", is_flag=True, help="Use TLS with the system's certificate authorities."),
+        click.option("--tls-ca", type=path, envvar="TUNER_TLS_CA", metavar="FILE", help="Authorities to trust; PEM."),
+        click.option("--tls-cert", type=path, envvar="TUNER_TLS_CERT", metavar="FILE", help="Own certificate; PEM."),
+        click.option("--tls-key", type=path, envvar="TUNER_TLS_KEY", metavar="FILE", help="Its key; PEM."),
+        click.option("--tls-name", default="", metavar="NAME", help="Name in the server's certificate, if another."),
+        click.option("--token-file", type=path, metavar="FILE", help="Token to show the server.  [env: TUNER_TOKEN]"),
+        click.option("--insecure", is_flag=True, help="Send the token without TLS on a network you trust."),
+        click.option(
+            "--reconnect-s",
+            type=click.FloatRange(0, 86400),
+            default=60.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="Wait so long for a lost server.",
+        ),
+        click.option("--debug", is_flag=True, help="Show tracebacks and library output."),
+    ]
+    for option in reversed(options):
+        run = option(run)
+    return run
