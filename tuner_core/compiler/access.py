@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,40 @@ _FAR = 1 << 30  # a stride that no vector spans
 
 
 @dataclass(frozen=True)
+class Read:
+    """One load of a block.
+
+    Attributes:
+        position: Index of its buffer among the block's reads, as ``cache_read`` counts them.
+        strides: Elements between the reads of consecutive iterations, per loop; 0 where the loop does not matter.
+        plain_dims: Per loop, the buffer's dimension that is indexed by exactly this loop, or None.
+        elements: Elements of the buffer.
+    """
+
+    position: int
+    strides: tuple[int, ...]
+    plain_dims: tuple[int | None, ...]
+    elements: int
+
+
+@dataclass(frozen=True)
+class Packable:
+    """A read whose buffer may be copied so that the elements along a loop become consecutive.
+
+    Attributes:
+        axis: The loop.
+        read: The read's position.
+        dim: The loop's dimension in the buffer that is read.
+        output_dim: Its dimension in the buffer that is written.
+    """
+
+    axis: int
+    read: int
+    dim: int
+    output_dim: int
+
+
+@dataclass(frozen=True)
 class BlockAccess:
     """One block whose iteration variables stand for its loops, one each.
 
@@ -19,7 +54,8 @@ class BlockAccess:
         extents: Iterations per loop, outermost first; 0 where unknown.
         spatial: Whether each loop is spatial (the others reduce).
         write_strides: Elements between the writes of consecutive iterations, per loop.
-        read_strides: The same for every read (one tuple per read).
+        write_dims: Per loop, the written buffer's dimension that is indexed by exactly this loop, or None.
+        reads: The loads, except those of the accumulator.
         element_bits: Width of the written type.
         costs_to_repeat: Holds a branch or a function call: not worth computing more than once.
     """
@@ -27,7 +63,8 @@ class BlockAccess:
     extents: tuple[int, ...]
     spatial: tuple[bool, ...]
     write_strides: tuple[int, ...]
-    read_strides: tuple[tuple[int, ...], ...]
+    write_dims: tuple[int | None, ...]
+    reads: tuple[Read, ...]
     element_bits: int
     costs_to_repeat: bool
 
@@ -44,33 +81,50 @@ class BlockAccess:
     @property
     def work(self) -> int:
         """Iterations in total."""
-        total = 1
-        for extent in self.extents:
-            total *= max(1, extent)
-        return total
+        return math.prod(max(1, extent) for extent in self.extents)
+
+    @property
+    def reduction_size(self) -> int:
+        """Iterations per output element."""
+        return math.prod(extent for extent, is_spatial in zip(self.extents, self.spatial, strict=True) if not is_spatial)
 
     def vector_axis(self, max_stride: int) -> int | None:
         """The spatial loop that writes consecutive elements and reads with a stride of at most ``max_stride``."""
         for axis in reversed(range(len(self.extents))):
             if self.spatial[axis] and self.extents[axis] > 1 and self.write_strides[axis] == 1:
-                if all(strides[axis] <= max_stride for strides in self.read_strides):
+                if all(read.strides[axis] <= max_stride for read in self.reads):
                     return axis
                 return None
         return None
 
-    def row_axis(self, excluding: int | None) -> int | None:
-        """The spatial loop to unroll: one along which some read stays the same, the longest of them."""
-        candidates = [
-            axis
-            for axis in range(len(self.extents))
-            if self.spatial[axis] and axis != excluding and self.extents[axis] > 1
-        ]
-        if not candidates:
-            return None
-        return max(candidates, key=lambda axis: (self._reuse(axis), self.extents[axis]))
+    def row_axes(self, excluding: int | None, with_vector: bool) -> list[int]:
+        """Spatial loops to unroll, best first: those along which some read stays the same, the longest of them first.
 
-    def _reuse(self, axis: int) -> bool:
-        return any(strides[axis] == 0 for strides in self.read_strides)
+        Args:
+            excluding: The vector loop.
+            with_vector: Only loops along which the read that varies with the vector loop stays the same, innermost first.
+        """
+        axes = [axis for axis, extent in enumerate(self.extents) if self.spatial[axis] and axis != excluding and extent > 1]
+        if with_vector and excluding is not None:
+            vectors = [read for read in self.reads if read.strides[excluding]]
+            return [axis for axis in reversed(axes) if all(read.strides[axis] == 0 for read in vectors)]
+        axes.sort(key=lambda axis: (any(read.strides[axis] == 0 for read in self.reads), self.extents[axis]), reverse=True)
+        return axes[:1]
+
+    def packable(self, min_uses: int) -> Packable | None:
+        """The loop to vectorise over a copy of its weights, when each weight is used at least ``min_uses`` times."""
+        for axis, is_spatial in enumerate(self.spatial):
+            if not is_spatial or self.extents[axis] < 2:
+                continue
+            varying = [read for read in self.reads if read.strides[axis]]
+            if len(varying) != 1 or len(self.reads) < 2:
+                continue
+            dim, output_dim = varying[0].plain_dims[axis], self.write_dims[axis]
+            if dim is None or output_dim is None:
+                continue
+            if self.work >= min_uses * varying[0].elements:
+                return Packable(axis, varying[0].position, dim, output_dim)
+        return None
 
 
 def analyse_block(schedule: Schedule, block: Any) -> BlockAccess:
@@ -102,17 +156,34 @@ def analyse_block(schedule: Schedule, block: Any) -> BlockAccess:
         raise ValueError("the block's body is not one store")
     tvm_ffi.structural_walk(store.value, [(ir.TensorLoad, loads.append), ((ir.Call, tirx.Select), calls.append)])
     written = store.buffer
-    reads = tuple(
-        _strides(load.source, load.indices, variables) for load in loads if not load.source.same_as(written)
-    )
+    regions = [region.source for region in stmt.reads]
+    reads = tuple(_read(load, regions, variables) for load in loads if not load.source.same_as(written))
     return BlockAccess(
         extents=extents,
         spatial=spatial,
         write_strides=_strides(written, store.indices, variables),
-        read_strides=reads,
+        write_dims=_plain_dims(store.indices, variables),
+        reads=reads,
         element_bits=_bits(str(written.dtype)),
         costs_to_repeat=bool(calls),
     )
+
+
+def _plain_dims(indices: Any, variables: list[Any]) -> tuple[int | None, ...]:
+    plain: list[int | None] = [None] * len(variables)
+    for dim, index in enumerate(indices):
+        for axis, variable in enumerate(variables):
+            if index.same_as(variable):
+                plain[axis] = dim
+    return tuple(plain)
+
+
+def _read(load: Any, regions: list[Any], variables: list[Any]) -> Read:
+    from tvm import tirx
+
+    shape = [int(extent) if isinstance(extent, tirx.IntImm) else 0 for extent in load.source.shape]
+    position = next(number for number, buffer in enumerate(regions) if buffer.same_as(load.source))
+    return Read(position, _strides(load.source, load.indices, variables), _plain_dims(load.indices, variables), math.prod(shape))
 
 
 def _strides(buffer: Any, indices: Any, variables: list[Any]) -> tuple[int, ...]:

@@ -6,19 +6,24 @@ mark. All splits use divisors, so no predicate keeps the inner loops from becomi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tuner_core.compiler.access import BlockAccess, analyse_block
+from tuner_core.compiler.access import BlockAccess, Packable, analyse_block
 
 if TYPE_CHECKING:
     from tvm.ir import IRModule
     from tvm.s_tir import Schedule
     from tvm.target import Target
 
-_MIN_PARALLEL_WORK = 16384  # scalar operations below which waking threads costs more than they save
-_MAX_ROWS = 8
+# Below these, waking the other threads costs more than it saves (about 10 us a launch).
+_MIN_PARALLEL_ELEMENTS = 131072
+_MIN_PARALLEL_OPERATIONS = 32768
+_MAX_ROWS = 12
+_SMALL_WINDOW = 32  # reductions that LLVM unrolls completely, and then vectorises the loop around them
+_MIN_USES_TO_PACK = 128  # a weight must be used so often for its copy in another layout to pay
 
 
 def schedule_cpu(mod: IRModule, target: Target) -> Schedule:
@@ -117,11 +122,7 @@ def _schedule_block(schedule: Schedule, block: Any, registers: VectorRegisters) 
     if access.is_reduction:
         return _first_legal(
             schedule,
-            [
-                lambda sch: _tile_reduction(sch, block, access, registers, epilogue=True),
-                lambda sch: _tile_reduction(sch, block, access, registers, epilogue=False),
-                lambda sch: _parallel_outer(sch, block, access),
-            ],
+            [*_reduction_recipes(block, access, registers), lambda sch: _parallel_outer(sch, block, access)],
         )
     if _already_placed(schedule, block):
         return schedule
@@ -131,6 +132,38 @@ def _schedule_block(schedule: Schedule, block: Any, registers: VectorRegisters) 
     )
 
 
+def _reduction_recipes(
+    block: Any, access: BlockAccess, registers: VectorRegisters
+) -> Iterator[Callable[[Schedule], None]]:
+    lanes = registers.lanes(access.element_bits)
+    plans = []
+    vector = access.vector_axis(max_stride=1)
+    width = _vector_width(access.extents[vector], lanes) if vector is not None else 1
+    if len(access.reads) < 2 and (access.reduction_size <= _SMALL_WINDOW or vector is not None):
+        return  # pooling: the naive loops, in parallel, are vectorised by LLVM
+    packed = access.packable(min_uses=_MIN_USES_TO_PACK)
+    if packed is not None and width < 0.7 * lanes:
+        channels = _vector_width(access.extents[packed.axis], lanes)
+        if channels >= lanes // 2:
+            plans.append(_Tile(vector=packed.axis, width=channels, packed=packed))
+    if width > 1:
+        plans.append(_Tile(vector=vector, width=width))
+    elif access.reduction_size > _SMALL_WINDOW:
+        plans.append(_Tile(vector=None, width=1))
+    for plan in plans:
+        for epilogue in (True, False):
+            yield partial(_tile_reduction, block=block, access=access, registers=registers, tile=plan, epilogue=epilogue)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What of a reduction's output is kept in registers: ``width`` elements of loop ``vector``, times some rows."""
+
+    vector: int | None
+    width: int
+    packed: Packable | None = None
+
+
 def _already_placed(schedule: Schedule, block: Any) -> bool:
     from tvm.tirx import ForKind
 
@@ -138,14 +171,18 @@ def _already_placed(schedule: Schedule, block: Any) -> bool:
 
 
 def _parallel_outer(schedule: Schedule, block: Any, access: BlockAccess) -> None:
+    """Parallel outer loops; the innermost spatial loop stays as it is, for LLVM to vectorise."""
     loops = schedule.get_loops(block)
     spatial = []
-    for loop, is_spatial in zip(loops, access.spatial, strict=True):
-        if not is_spatial:
+    for axis, loop in enumerate(loops):
+        if not access.spatial[axis]:
             break
-        spatial.append(loop)
-    if spatial and access.work >= _MIN_PARALLEL_WORK:
-        schedule.parallel(schedule.fuse(*spatial))
+        spatial.append(axis)
+    wide = [axis for axis in spatial if access.extents[axis] != 1]
+    outer = [axis for axis in spatial if axis < wide[-1]] if len(wide) > 1 else spatial
+    least = _MIN_PARALLEL_OPERATIONS if access.is_reduction else _MIN_PARALLEL_ELEMENTS
+    if outer and access.work >= least:
+        schedule.parallel(schedule.fuse(*(loops[axis] for axis in outer)))
 
 
 def _map(schedule: Schedule, block: Any, access: BlockAccess, registers: VectorRegisters) -> None:
@@ -155,67 +192,102 @@ def _map(schedule: Schedule, block: Any, access: BlockAccess, registers: VectorR
     inner = access.vector_axis(max_stride=1)
     outer = list(loops)
     if inner is not None:
-        width = _vector_width(access.extents[inner], 4 * lanes, lanes)
+        width = _vector_width(access.extents[inner], lanes)
         if width > 1:
             split_outer, split_inner = schedule.split(loops[inner], [None, width])
             outer = [*loops[:inner], split_outer, *loops[inner + 1 :]]
             schedule.reorder(*outer, split_inner)
             schedule.vectorize(split_inner)
     fused = schedule.fuse(*outer)
-    if access.work >= _MIN_PARALLEL_WORK:
+    if access.work >= _MIN_PARALLEL_ELEMENTS:
         schedule.parallel(fused)
 
 
 def _tile_reduction(
-    schedule: Schedule, block: Any, access: BlockAccess, registers: VectorRegisters, *, epilogue: bool
+    schedule: Schedule, block: Any, access: BlockAccess, registers: VectorRegisters, tile: _Tile, epilogue: bool
 ) -> None:
     """Accumulate a tile of the output in registers: [outer spatial | reduction | rows, unrolled | vector]."""
     consumers = schedule.get_consumers(block)
-    if epilogue and len(consumers) != 1:
-        raise ValueError("not a single consumer")
     if epilogue:
+        if len(consumers) != 1:
+            raise ValueError("not a single consumer")
         last = consumers[0]
         after = analyse_block(schedule, last)
-        if after.is_reduction or after.extents != tuple(e for e, s in zip(access.extents, access.spatial, strict=True) if s):
+        outputs = tuple(extent for extent, is_spatial in zip(access.extents, access.spatial, strict=True) if is_spatial)
+        if after.is_reduction or after.extents != outputs:
             raise ValueError("the consumer is not element-wise")
         schedule.set_scope(block, 0, "local")
     else:
         last = schedule.cache_write(block, 0, "local")
+    if tile.packed is not None:
+        _pack(schedule, block, tile)
 
     loops = schedule.get_loops(block)
-    reduction = [loop for loop, is_spatial in zip(loops, access.spatial, strict=True) if not is_spatial]
-    lanes = registers.lanes(access.element_bits)
-    vector = access.vector_axis(max_stride=1)
-    width = _vector_width(access.extents[vector], 4 * lanes, lanes) if vector is not None else 1
-    if width < 2:
-        vector = None
-    per_row = -(-width // lanes)
-    row = access.row_axis(excluding=vector)
-    budget = max(1, min(_MAX_ROWS, (registers.count - 4) // per_row - 1))
-    rows = _largest_divisor(access.extents[row], budget) if row is not None else 1
-
-    outer, inner = [], []
-    vector_loop = row_loop = None
+    rows = _rows(access, tile, registers)
+    outer, reduction, row_loops, vector_loops = [], [], [], []
     for axis, loop in enumerate(loops):
         if not access.spatial[axis]:
-            continue
-        if axis == vector:
-            loop, vector_loop = schedule.split(loop, [None, width])
-        elif axis == row and rows > 1:
-            loop, row_loop = schedule.split(loop, [None, rows])
-        outer.append(loop)
-    inner = [loop for loop in (row_loop, vector_loop) if loop is not None]
-    schedule.reorder(*outer, *reduction, *inner)
+            reduction.append(loop)
+        elif axis == tile.vector:
+            split_outer, split_inner = schedule.split(loop, [None, tile.width])
+            outer.append(split_outer)
+            vector_loops.append(split_inner)
+        elif rows.get(axis, 1) > 1:
+            split_outer, split_inner = schedule.split(loop, [None, rows[axis]])
+            outer.append(split_outer)
+            row_loops.append(split_inner)
+        else:
+            outer.append(loop)
+    schedule.reorder(*outer, *reduction, *row_loops, *vector_loops)
     fused = schedule.fuse(*outer)
     schedule.reverse_compute_at(last, fused)
-    if access.work >= _MIN_PARALLEL_WORK:
+    if access.work >= _MIN_PARALLEL_OPERATIONS:
         schedule.parallel(fused)
-    if vector_loop is not None:
-        schedule.vectorize(vector_loop)
-    if row_loop is not None:
-        schedule.unroll(row_loop)
+    for loop in vector_loops:
+        schedule.vectorize(loop)
+    for loop in row_loops:
+        schedule.unroll(loop)
     schedule.decompose_reduction(block, reduction[0])
-    _vectorise_copy(schedule, last, width if vector_loop is not None else 1)
+    if tile.packed is None:
+        _vectorise_copy(schedule, last, tile.width)
+
+
+def _rows(access: BlockAccess, tile: _Tile, registers: VectorRegisters) -> dict[int, int]:
+    """Unrolled iterations per loop: as many accumulators as registers allow, on the loops that reuse most."""
+    lanes = registers.lanes(access.element_bits)
+    budget = max(1, min(_MAX_ROWS, (registers.count - 4) // -(-tile.width // lanes)))
+    rows: dict[int, int] = {}
+    for axis in access.row_axes(excluding=tile.vector, with_vector=tile.packed is not None):
+        factor = _largest_divisor(access.extents[axis], budget)
+        if factor > 1:
+            rows[axis] = factor
+            budget //= factor
+    return rows
+
+
+def _pack(schedule: Schedule, block: Any, tile: _Tile) -> None:
+    """Copy the weights so that the vector loop reads consecutive elements."""
+    packed, width = tile.packed, tile.width
+    if packed is None:
+        return
+    copy = schedule.cache_read(block, packed.read, "global")
+    dim = packed.dim
+
+    def tiled(*indices: Any) -> list[Any]:
+        others = [index for position, index in enumerate(indices) if position != dim]
+        return [indices[dim] // width, *others, indices[dim] % width]
+
+    def vector_last(*indices: Any) -> list[Any]:
+        others = [index for position, index in enumerate(indices) if position != packed.output_dim]
+        return [*others, indices[packed.output_dim]]
+
+    schedule.transform_layout(block, ("read", packed.read), tiled)
+    schedule.transform_layout(block, ("write", 0), vector_last)
+    loops = schedule.get_loops(copy)
+    split_outer, split_inner = schedule.split(loops[dim], [None, width])
+    others = [loop for position, loop in enumerate(loops) if position != dim]
+    schedule.reorder(split_outer, *others, split_inner)
+    schedule.parallel(split_outer)
 
 
 def _vectorise_copy(schedule: Schedule, block: Any, width: int) -> None:
@@ -224,17 +296,9 @@ def _vectorise_copy(schedule: Schedule, block: Any, width: int) -> None:
         schedule.vectorize(loops[-1])
 
 
-def _vector_width(extent: int, most: int, lanes: int) -> int:
-    """The divisor of ``extent`` that wastes the fewest lanes; among equals the one nearest to two registers."""
-    best, best_score = 1, 0.0
-    for width in range(2, min(extent, most) + 1):
-        if extent % width:
-            continue
-        registers = -(-width // lanes)
-        score = width / (registers * lanes) - 0.02 * abs(registers - 2)
-        if score > best_score:
-            best, best_score = width, score
-    return best
+def _vector_width(extent: int, lanes: int) -> int:
+    """The largest divisor of ``extent`` that one register holds: LLVM handles odd vectors beyond that badly."""
+    return _largest_divisor(extent, lanes)
 
 
 def _largest_divisor(extent: int, most: int) -> int:
