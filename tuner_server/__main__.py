@@ -53,20 +53,30 @@ def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) ->
     context_settings={"auto_envvar_prefix": "TUNER", "help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Example: tuner-server --sm-percent 25 --workers 4 --listen 127.0.0.1:50061",
 )
-@click.option("--config", type=click.Path(path_type=Path), is_eager=True, callback=_read_config, help="Settings in YAML.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), is_eager=True, callback=_read_config, help="Settings in YAML."
+)
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT", help="Port 0: any free one.")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Store, jobs and logs.  [default: the user's data directory]")
-@click.option("--store", default="", metavar="URL", help="sqlite:///PATH or redis://HOST  [default: SQLite in the data directory]")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Store, jobs and logs.  [default: the user's data directory]"
+)
+@click.option(
+    "--store", default="", metavar="URL", help="sqlite:///PATH or redis://HOST  [default: SQLite in the data directory]"
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:INDEX or cuda:UUID.")
 @click.option("--sm-percent", type=click.IntRange(1, 100), help="Share of the device for each worker.  [default: 100]")
 @click.option("--workers", type=click.IntRange(1, 48), help="Workers per device.  [default: 1]")
 @click.option("--partitions", callback=_shares, metavar="P,P,...", help="Shares of the workers one by one.")
 @click.option("--oversubscribe", is_flag=True, help="Allow shares that sum to more than 100 (rankings suffer).")
-@click.option("--mps", type=click.Choice(["auto", "external", "off"]), default="auto", show_default=True, help="CUDA MPS.")
+@click.option(
+    "--mps", type=click.Choice(["auto", "external", "off"]), default="auto", show_default=True, help="CUDA MPS."
+)
 @click.option("--repartition/--no-repartition", default=True, help="Re-partition a free device for a job's share.")
 @click.option("--number", type=click.IntRange(1), default=1, show_default=True, help="Calls per sample, at least.")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Samples per measurement.")
-@click.option("--min-repeat-ms", type=click.IntRange(0, 10000), default=10, show_default=True, help="Length of a sample.")
+@click.option(
+    "--min-repeat-ms", type=click.IntRange(0, 10000), default=10, show_default=True, help="Length of a sample."
+)
 @click.option("--build-timeout-s", type=click.FloatRange(0.1), default=30.0, show_default=True)
 @click.option("--run-timeout-s", type=click.FloatRange(0.1), default=10.0, show_default=True)
 @click.option("--reference-timeout-s", type=click.FloatRange(0.1), default=60.0, show_default=True)

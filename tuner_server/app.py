@@ -171,7 +171,8 @@ def _check_exposure(config: ServerConfig) -> None:
         return
     if not config.insecure:
         raise UsageError(
-            f"{config.listen} is reachable from other hosts: give --tls-cert and --tls-key, or --insecure on a network you trust"
+            f"{config.listen} is reachable from other hosts: give --tls-cert and --tls-key, "
+            "or --insecure on a network you trust"
         )
     log.warning("listening on %s without TLS: anyone who reaches it can read records and run jobs", config.listen)
 

@@ -98,5 +98,6 @@ def read_config_file(path: Path, known: frozenset[str]) -> dict[str, Any]:
     settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}
     unknown = sorted(set(settings) - known)
     if unknown:
-        raise UsageError(f"the configuration {path} has an unknown setting: {unknown[0]}; known: {', '.join(sorted(known))}")
+        names = ", ".join(sorted(known))
+        raise UsageError(f"the configuration {path} has an unknown setting: {unknown[0]}; known: {names}")
     return settings

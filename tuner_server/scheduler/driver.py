@@ -10,7 +10,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from tuner_core.errors import TunerError
 from tuner_core.model import (
     EvaluatorSettings,
     FailureKind,
@@ -137,7 +136,9 @@ class JobRun:
 
     def _key(self, workload: Workload) -> RecordKey:
         engine = self._engine
-        return RecordKey(workload.digest, engine.target_digest, engine.device.model, engine.sm_count, engine.tvm_version)
+        return RecordKey(
+            workload.digest, engine.target_digest, engine.device.model, engine.sm_count, engine.tvm_version
+        )
 
     def _handle(self, event: m.Event) -> None:
         said = ""
@@ -238,15 +239,11 @@ class JobRun:
                 raise
         except TrialFailed as failure:
             await self._commit(self._record(workload, wanted.trace, failure=failure))
-            self._events.put_nowait(
-                m.TrialFailed(wanted.task, wanted.batch, wanted.trace, failure.kind, str(failure))
-            )
+            self._events.put_nowait(m.TrialFailed(wanted.task, wanted.batch, wanted.trace, failure.kind, str(failure)))
             return
         self._keep(wanted.task, wanted.trace, artifact)
         await self._commit(self._record(workload, wanted.trace, measurement=measurement))
-        self._events.put_nowait(
-            m.TrialMeasured(wanted.task, wanted.batch, wanted.trace, measurement.median_us)
-        )
+        self._events.put_nowait(m.TrialMeasured(wanted.task, wanted.batch, wanted.trace, measurement.median_us))
 
     async def _baseline(self, wanted: m.MeasureBaseline) -> None:
         workload = self._workloads[wanted.task]
@@ -260,9 +257,7 @@ class JobRun:
         await self._commit(self._record(workload, built.trace, measurement=measurement, origin=Origin.FALLBACK))
         self._events.put_nowait(m.BaselineMeasured(wanted.task, built.trace, measurement.median_us))
 
-    def _request(
-        self, workload: Workload, artifact: Artifact, give_up_above_us: float | None = None
-    ) -> MeasureRequest:
+    def _request(self, workload: Workload, artifact: Artifact, give_up_above_us: float | None = None) -> MeasureRequest:
         return MeasureRequest(
             artifact=artifact.path,
             args_info=workload.args_info,
@@ -334,6 +329,10 @@ class JobRun:
 
     # Promotion
 
+    def _fallback_artifact(self, index: int) -> Artifact | None:
+        trace = self._machine.tasks[index].baseline_trace
+        return None if trace is None else self._artifacts.get((index, trace))
+
     async def _artifact(self, index: int, trace: str) -> Artifact:
         known = self._artifacts.get((index, trace))
         if known is None:
@@ -343,12 +342,8 @@ class JobRun:
 
     async def _promote(self, wanted: m.Promote) -> None:
         index, workload = wanted.task, self._workloads[wanted.task]
-        self._references[index] = asyncio.create_task(
-            self._engine.build.reference(workload, seed=self.facts.spec.seed)
-        )
-        built = await asyncio.gather(
-            *(self._artifact(index, trace) for trace in wanted.traces), return_exceptions=True
-        )
+        self._references[index] = asyncio.create_task(self._engine.build.reference(workload, seed=self.facts.spec.seed))
+        built = await asyncio.gather(*(self._artifact(index, trace) for trace in wanted.traces), return_exceptions=True)
         results: list[m.KnownTrial] = []
         async with self._engine.fleet.exclusive() as alone:
             for trace, artifact in zip(wanted.traces, built, strict=True):
@@ -401,9 +396,7 @@ class JobRun:
         artifacts: list[Artifact] = []
         try:
             module = zlib.decompress(spec.lifted_module_zlib).decode()
-            baseline, tuned, _coverage = await self._engine.build.build_model(
-                module, self._engine.target_json, traces
-            )
+            baseline, tuned, _coverage = await self._engine.build.build_model(module, self._engine.target_json, traces)
             artifacts = [baseline, tuned]
             async with self._engine.fleet.exclusive() as alone:
                 result = await alone.measure_models(baseline.path, tuned.path)
@@ -418,8 +411,8 @@ class JobRun:
     # End
 
     async def _clean_up(self) -> None:
-        for task in list(self._work):
-            task.cancel()
+        for work in list(self._work):
+            work.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
         for reference in self._references.values():
             reference.cancel()
@@ -432,4 +425,3 @@ class JobRun:
         self._artifacts.clear()
         if self._machine.finished is None:
             log.info("%s: interrupted; what was measured is stored", self.facts.job)
-

@@ -1,9 +1,9 @@
 """Which task shortens the model most with its next trials: the gradient of weighted latency.
 
-The objective is ``f = sum_i w_i * g_i``, where ``g_i`` is task i's best latency and ``w_i`` how often the model calls it.
-The gradient of f in the number of trials of task i is estimated as in Ansor (Zheng et al., OSDI 2020, section 6.2), in
-the form that MetaSchedule's gradient-based scheduler uses: a mix of the progress seen lately and of the optimistic guess
-that latency goes on falling as 1/t.
+The objective is ``f = sum_i w_i * g_i``, where ``g_i`` is task i's best latency and ``w_i`` how often the model calls
+it. The gradient of f in the number of trials of task i is estimated as in Ansor (Zheng et al., OSDI 2020, section 6.2),
+in the form that MetaSchedule's gradient-based scheduler uses: a mix of the progress seen lately and of the optimistic
+guess that latency goes on falling as 1/t.
 """
 
 from __future__ import annotations

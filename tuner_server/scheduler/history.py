@@ -47,8 +47,7 @@ def known_trials(store: RecordStore, key: RecordKey, job: str, *, refresh: bool 
     baseline = min(baselines, key=lambda record: (not record.verified, -record.created_at), default=None)
     return Known(
         trials=tuple(
-            KnownTrial(record.trace, None if record.trace in wrong else record.median_us)
-            for record in trials.values()
+            KnownTrial(record.trace, None if record.trace in wrong else record.median_us) for record in trials.values()
         ),
         own=len(own),
         own_failed=Counter(record.failure for record in own if record.failure is not None),

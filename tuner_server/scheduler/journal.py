@@ -85,7 +85,8 @@ class JobJournal:
 
     def entries(self, limit: int = 1000) -> list[JournalEntry]:
         """Jobs, newest first."""
-        sql = "SELECT job, spec, state, status, created_at, elapsed_s FROM jobs ORDER BY created_at DESC, rowid DESC LIMIT ?"
+        columns = "job, spec, state, status, created_at, elapsed_s"
+        sql = f"SELECT {columns} FROM jobs ORDER BY created_at DESC, rowid DESC LIMIT ?"
         with self._lock:
             rows = self._db.execute(sql, (limit,)).fetchall()
         return [

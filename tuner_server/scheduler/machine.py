@@ -190,7 +190,7 @@ class JobMachine:
         self.unassigned = new_trials(self.trials, histories)
         reused = sum(task.reused for task in self.tasks)
         if reused:
-            out.append(m.Say(f"the store holds {reused} trials of these operators; {self.unassigned} new ones to measure"))
+            out.append(m.Say(f"the store holds {reused} trials of these operators; {self.unassigned} new ones follow"))
 
     def _baseline(self, index: int, trial: m.KnownTrial) -> None:
         task = self.tasks[index]
@@ -222,9 +222,8 @@ class JobMachine:
         for task in left_out:
             task.error = "the trial budget is too small for this operator"
         if left_out:
-            out.append(
-                m.Say(f"{self.unassigned} trials are too few for all operators: {len(left_out)} keep the fallback schedule")
-            )
+            count = len(left_out)
+            out.append(m.Say(f"{self.unassigned} trials are too few: {count} operators keep the fallback schedule"))
         return True
 
     # Search

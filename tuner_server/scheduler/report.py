@@ -98,5 +98,3 @@ def running_status(
         if machine.model.outputs_match is not None:
             status.outputs_match = machine.model.outputs_match
     return status
-
-

@@ -39,6 +39,7 @@ class _Job:
     run: JobRun | None = None
     cancel_wanted: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     messages: list[str] = field(default_factory=list)
     journalled_at: float = 0.0
 
@@ -136,7 +137,9 @@ class JobSupervisor:
             await asyncio.to_thread(self._journal.add, job_id, spec, job.status)
             self._jobs[job_id] = job
             self._queue.put_nowait(job_id)
-            log.info("%s: %s, %d tasks, %d trials, %d %%", job_id, spec.model, len(spec.tasks), spec.trials, spec.sm_percent)
+            log.info(
+                "%s: %s, %d tasks, %d trials, %d %%", job_id, spec.model, len(spec.tasks), spec.trials, spec.sm_percent
+            )
             return job_id
 
     def get(self, job_id: str) -> tuning_pb2.JobStatus:
@@ -147,7 +150,7 @@ class JobSupervisor:
         """
         return self._status(self._find(job_id))
 
-    def list(self, limit: int) -> list[tuning_pb2.JobStatus]:
+    def statuses(self, limit: int) -> list[tuning_pb2.JobStatus]:
         """Statuses without their tasks, newest first."""
         newest = sorted(self._jobs.values(), key=lambda job: job.facts.created_at, reverse=True)
         statuses = []
@@ -191,8 +194,7 @@ class JobSupervisor:
         job = self._find(job_id)
         if job.run is not None:
             job.run.cancel()
-            while not job.state.ended:
-                await asyncio.sleep(0.05)
+            await job.ended.wait()
         elif not job.state.ended or job.state is JobState.STOPPED:
             job.cancel_wanted = True
             self._set_state(job, JobState.CANCELLED, "cancelled")
@@ -240,6 +242,7 @@ class JobSupervisor:
 
         writes: list[asyncio.Task[None]] = []
         run = JobRun(job.facts, self._engine, self._store, committer, job.elapsed_s, changed)
+        job.ended.clear()
         self._set_state(job, JobState.RUNNING, "starting")
         job.run = run
         await self._write(job)
@@ -251,7 +254,10 @@ class JobSupervisor:
             final, error = JobState.STOPPED, f"stopped; go on with: tuner-client resume {name}"
             raise
         except TunerError as problem:
-            final, error = JobState.FAILED, f"{problem}; what was measured is stored: tuner-client resume {name} goes on"
+            final, error = (
+                JobState.FAILED,
+                f"{problem}; what was measured is stored: tuner-client resume {name} goes on",
+            )
             log.error("%s failed: %s", name, problem)
         except Exception as problem:
             final, error = JobState.FAILED, f"internal error: {problem!r} (see the server's log)"
@@ -266,6 +272,7 @@ class JobSupervisor:
             assert final is not None
             self._set_state(job, final, error or status.error)
             await asyncio.shield(self._write(job))
+            job.ended.set()
             log.info("%s: %s", name, final)
 
     # Parts

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
+import grpc.aio
 
 from tuner_core.errors import UsageError
+
+Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
 _OPEN_METHODS = ("/grpc.health.v1.Health/",)
 
@@ -61,9 +64,9 @@ class Authenticator(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Handler | None:
         """Let the call through, or answer it with UNAUTHENTICATED."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
@@ -72,13 +75,15 @@ class Authenticator(grpc.aio.ServerInterceptor):
         return _refusal(handler)
 
 
-def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    async def refuse(_request: object, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token: --token or TUNER_TOKEN")
+def _refusal(handler: Handler | None) -> Handler:
+    message = "this server wants a token: --token or TUNER_TOKEN"
 
-    async def refuse_stream(_request: object, context: grpc.aio.ServicerContext) -> Any:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token: --token or TUNER_TOKEN")
-        yield None
+    async def refuse(_request: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
+
+    async def refuse_stream(_request: object, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
+        yield  # never reached; makes this the async generator that a stream of responses has to be
 
     if handler is not None and handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(refuse_stream)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import grpc
+from typing import Any, TypeAlias
+
+import grpc.aio
 
 from tuner_core.model import PROTOCOL
 from tuner_core.proto.tuner.v1 import host_pb2 as pb
@@ -11,6 +13,8 @@ from tuner_server import __version__
 from tuner_server.engine import Engine
 from tuner_server.scheduler.supervisor import JobSupervisor
 from tuner_server.services.status import mapped
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 class HostServicer(host_pb2_grpc.HostServiceServicer):
@@ -23,9 +27,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         self._store = store_url.split("@")[-1] if "@" in store_url else store_url
 
     @mapped
-    async def GetHost(  # noqa: N802
-        self, request: pb.GetHostRequest, context: grpc.aio.ServicerContext
-    ) -> pb.GetHostResponse:
+    async def GetHost(self, request: pb.GetHostRequest, context: Context) -> pb.GetHostResponse:
         """Devices, workers, jobs; and the target at the share that is asked for."""
         engine = self._engine
         await engine.start()
@@ -68,9 +70,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         return response
 
     @mapped
-    async def Drain(  # noqa: N802
-        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext
-    ) -> pb.DrainResponse:
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Finish what runs, take no more."""
         self._jobs.draining = True
         return pb.DrainResponse(running_jobs=self._jobs.running())

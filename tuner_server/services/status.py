@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 
 from tuner_core.errors import TunerError
-from tuner_core.store.remote import ERROR_TRAILER
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:
     if isinstance(error, TunerError):
         # several classes share a status; the trailer lets a client raise the same one again
-        context.set_trailing_metadata(((ERROR_TRAILER, type(error).__name__),))
+        context.set_trailing_metadata((("tuner-error", type(error).__name__),))
         await context.abort(grpc.StatusCode[error.status], " ".join(str(error).split()))
     logger.exception("%s failed", method)
     await context.abort(grpc.StatusCode.INTERNAL, f"internal error in {method}: see the server's log")
