@@ -222,9 +222,7 @@ class SearchSession:
                     instructions[knob.position] = _with_limit(instructions[knob.position], knob, value)
                 else:
                     decisions[instructions[knob.position]] = list(value) if isinstance(value, tuple) else value
-        schedule = Schedule(
-            self._mod, seed=self._rng.randrange(1, 2**31 - 1), debug_mask=0, error_render_level="none"
-        )
+        schedule = Schedule(self._mod, seed=self._rng.randrange(1, 2**31 - 1), debug_mask=0, error_render_level="none")
         try:
             Trace(instructions, decisions).apply_to_schedule(schedule, remove_postproc=True)
             schedule.enter_postproc()

@@ -111,7 +111,7 @@ class DesignSpace:
         instructions = before_postprocessing(trace[0])
         if _signature(instructions) != self.signature:
             return None
-        decisions = {position: decision for position, decision in trace[1]}
+        decisions = dict(trace[1])
         values: list[Value] = []
         for knob in self.knobs:
             if knob.kind == "parallel":

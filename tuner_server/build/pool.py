@@ -1,0 +1,255 @@
+"""Build processes, as the scheduler's driver sees them: killed on a deadline, recycled, never the server's end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuner_core.model import FailureKind, Workload
+from tuner_server.build.artifact import Artifact, FallbackBuild
+from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+from tuner_server.trial import TrialFailed
+
+__all__ = ["Artifact", "BuildPool", "FallbackBuild"]
+
+MODEL_TIMEOUT_S = 900.0
+
+
+class BuildPool:
+    """Builds in child processes, several at a time.
+
+    Args:
+        spawner: Where processes come from; they start at first need.
+        processes: How many at most.
+        scratch: Directory for artifacts; made when missing.
+        timeout_s: Deadline of one build.
+        reference_timeout_s: Deadline of one reference run.
+        recycle_after: Builds after which a process is replaced, against what compilers leak.
+        affinity: Cores to pin the processes to; empty: all.
+        nice: Added to their niceness.
+    """
+
+    def __init__(
+        self,
+        spawner: Spawner,
+        processes: int,
+        scratch: Path,
+        timeout_s: float = 30.0,
+        reference_timeout_s: float = 60.0,
+        recycle_after: int = 200,
+        affinity: Sequence[int] = (),
+        nice: int = 0,
+    ) -> None:
+        self._spawner = spawner
+        self._scratch = scratch
+        self._timeout_s = timeout_s
+        self._reference_timeout_s = reference_timeout_s
+        self._recycle_after = recycle_after
+        self._affinity = tuple(affinity)
+        self._nice = nice
+        self._turns = asyncio.Semaphore(max(1, processes))
+        self._files = itertools.count()
+        self._idle: list[Child] = []
+        self._children: set[Child] = set()
+        self._builds: dict[Child, int] = {}
+        self._paused = False
+        self._stopped = False
+        scratch.mkdir(parents=True, exist_ok=True)
+
+    async def build(self, workload: Workload, trace: str, target_json: str) -> Artifact:
+        """Build one candidate.
+
+        Args:
+            workload: What it computes.
+            trace: JSON of its schedule's trace.
+            target_json: What to build for.
+
+        Raises:
+            TrialFailed: ``invalid_trace``, ``build_error``, ``build_timeout`` or ``out_of_memory``.
+        """
+        out = self._new_path("so")
+        result = await self._run(
+            "build", {**_body(workload), "trace": trace, "target": target_json, "out": str(out)}, self._timeout_s, [out]
+        )
+        return Artifact(out, result["seconds"])
+
+    async def fallback(self, workload: Workload, target_json: str) -> FallbackBuild:
+        """Build a workload with the schedule that needs no trials.
+
+        Raises:
+            TrialFailed: As :meth:`build`.
+        """
+        out = self._new_path("so")
+        result = await self._run(
+            "fallback", {**_body(workload), "target": target_json, "out": str(out)}, self._timeout_s, [out]
+        )
+        return FallbackBuild(result["trace"], Artifact(out, result["seconds"]))
+
+    async def reference(self, workload: Workload, seed: int) -> Path | None:
+        """Inputs and outputs of the workload's unscheduled loops, run on the host.
+
+        They run in a process of their own, which ends with them: code of a client may write where it should not.
+
+        Args:
+            workload: What to run.
+            seed: Of the inputs.
+
+        Returns:
+            An ``.npz`` with ``in0``.. and ``out0``.., which the caller owns; None when the deadline passed.
+
+        Raises:
+            TrialFailed: It could not be built or it crashed.
+        """
+        out = self._new_path("npz")
+        try:
+            args = {**_body(workload), "args_info": workload.args_info, "seed": seed, "out": str(out)}
+            await self._run("reference", args, self._reference_timeout_s, [out], once=True)
+        except TrialFailed as failure:
+            if failure.kind is FailureKind.BUILD_TIMEOUT:
+                return None
+            raise
+        return out
+
+    async def build_model(
+        self, module_json: str, target_json: str, traces: Mapping[str, str]
+    ) -> tuple[Artifact, Artifact, dict[str, Any]]:
+        """Build a whole model twice: with fallback schedules only, and with traces applied.
+
+        Args:
+            module_json: The prepared module, its weights lifted to parameters.
+            target_json: What to build for.
+            traces: Trace JSON by workload digest.
+
+        Returns:
+            Baseline, tuned, and the coverage of the tuned one (``tuner_core.compiler.apply.Coverage``).
+
+        Raises:
+            TrialFailed: As :meth:`build`.
+        """
+        baseline, tuned = self._new_path("so"), self._new_path("so")
+        args = {"module": module_json, "target": target_json, "traces": dict(traces)}
+        result = await self._run(
+            "model", {**args, "baseline": str(baseline), "tuned": str(tuned)}, MODEL_TIMEOUT_S, [baseline, tuned]
+        )
+        seconds = result["seconds"]
+        return Artifact(baseline, seconds["baseline"]), Artifact(tuned, seconds["tuned"]), result["coverage"]
+
+    def release(self, artifact: Artifact) -> None:
+        """Delete an artifact that is not needed any more."""
+        artifact.path.unlink(missing_ok=True)
+
+    def pause(self) -> None:
+        """Stop the processes (SIGSTOP) until :meth:`resume`; deadlines stand still."""
+        self._paused = True
+        for child in self._children:
+            child.pause()
+
+    def resume(self) -> None:
+        """Let the processes go on."""
+        self._paused = False
+        for child in self._children:
+            child.resume()
+
+    async def stop(self) -> None:
+        """End the processes; builds under way fail."""
+        self._stopped = True
+        self.resume()
+        busy = [child for child in self._children if child not in self._idle]
+        for child in busy:
+            child.kill()
+        await asyncio.gather(*(child.close() for child in list(self._children)))
+        self._children.clear()
+        self._idle.clear()
+
+    def _new_path(self, suffix: str) -> Path:
+        # never the same path twice, also across servers: a process that has loaded one would not load the other
+        return self._scratch / f"{os.getpid()}-{next(self._files)}-{os.urandom(4).hex()}.{suffix}"
+
+    async def _run(
+        self, op: str, args: Mapping[str, Any], timeout_s: float, outputs: Sequence[Path], once: bool = False
+    ) -> dict[str, Any]:
+        done = False
+        try:
+            async with self._child(once) as child:
+                result = await child.request(op, args, timeout_s)
+            done = True
+            return result
+        except ChildError as error:
+            raise TrialFailed(_kind(error.kind), str(error)) from None
+        except ChildTimeout:
+            raise TrialFailed(FailureKind.BUILD_TIMEOUT, f"the {op} took longer than {timeout_s:g} s") from None
+        except ChildDied as error:
+            raise TrialFailed(FailureKind.BUILD_ERROR, str(error)) from None
+        finally:
+            if not done:
+                for path in outputs:
+                    path.unlink(missing_ok=True)
+
+    @contextlib.asynccontextmanager
+    async def _child(self, once: bool) -> AsyncIterator[Child]:
+        async with self._turns:
+            if self._stopped:
+                raise ChildDied("the build pool", None)
+            child = None if once else self._take_idle()
+            if child is None:
+                child = await self._spawn()
+            try:
+                yield child
+            except ChildError:
+                await self._give_back(child, once)  # it answered: it is as good as before
+                raise
+            except BaseException:
+                child.kill()
+                self._drop(child)
+                raise
+            await self._give_back(child, once)
+
+    def _take_idle(self) -> Child | None:
+        while self._idle:
+            child = self._idle.pop()
+            if child.alive:
+                return child
+            self._drop(child)
+        return None
+
+    async def _spawn(self) -> Child:
+        taken = {child.name for child in self._children}
+        child = await self._spawner.spawn(
+            "build",
+            {"cubin_cache": str(self._scratch / "cubins")},
+            name=next(name for index in itertools.count() if (name := f"build-{index}") not in taken),
+            affinity=self._affinity,
+            nice=self._nice,
+        )
+        self._children.add(child)
+        if self._paused:
+            child.pause()
+        return child
+
+    async def _give_back(self, child: Child, once: bool) -> None:
+        self._builds[child] = self._builds.get(child, 0) + 1
+        if once or self._builds[child] >= self._recycle_after or self._stopped:
+            self._drop(child)
+            await child.close()
+        else:
+            self._idle.append(child)
+
+    def _drop(self, child: Child) -> None:
+        self._children.discard(child)
+        self._builds.pop(child, None)
+
+
+def _body(workload: Workload) -> dict[str, str]:
+    return {"digest": workload.digest, "body": workload.body}
+
+
+def _kind(word: str) -> FailureKind:
+    try:
+        return FailureKind(word)
+    except ValueError:
+        return FailureKind.BUILD_ERROR

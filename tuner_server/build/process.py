@@ -1,0 +1,167 @@
+"""The build process: replays schedules on workloads and compiles them. Role ``build`` of the prefork process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import socket
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm.target import Target
+
+from tuner_core.compiler.trace import apply_trace, trace_to_json
+from tuner_core.compiler.workload import module_from_body
+from tuner_core.errors import InvalidRecordError, TunerError
+from tuner_core.model import FailureKind
+from tuner_server.build.compile import compile_module, prepare_for_target
+from tuner_server.processes.child import WorkError, one_line, serve
+
+_MODULES_KEPT = 32
+# Beyond what the process has mapped when it starts: TVM and its libraries map gigabytes that they never touch.
+_EXTRA_ADDRESS_SPACE = 16 << 30
+_LARGEST_FILE = 2 << 30
+
+
+class _Builder:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._cubin_cache = Path(config["cubin_cache"]) if config.get("cubin_cache") else None
+        self._modules: OrderedDict[str, tvm.IRModule] = OrderedDict()
+        self._targets: dict[str, Target] = {}
+
+    def build(self, args: dict[str, Any]) -> dict[str, Any]:
+        start = time.monotonic()
+        mod, target = self._inputs(args)
+        try:
+            schedule = apply_trace(mod, args["trace"])
+        except InvalidRecordError as error:
+            raise WorkError(FailureKind.INVALID_TRACE, str(error)) from None
+        self._compile(schedule.mod, target, args["out"])
+        return {"seconds": time.monotonic() - start}
+
+    def fallback(self, args: dict[str, Any]) -> dict[str, Any]:
+        from tuner_core.compiler.fallback import fallback_schedule
+
+        start = time.monotonic()
+        mod, target = self._inputs(args)
+        try:
+            with target:
+                schedule = fallback_schedule(mod, target)
+        except Exception as error:
+            raise WorkError(FailureKind.BUILD_ERROR, f"no fallback schedule: {one_line(error)}") from None
+        self._compile(schedule.mod, target, args["out"])
+        return {"trace": trace_to_json(schedule), "seconds": time.monotonic() - start}
+
+    def reference(self, args: dict[str, Any]) -> dict[str, Any]:
+        from tuner_server.build.reference import write_reference
+
+        start = time.monotonic()
+        mod = self._module(args["digest"], args["body"])
+        args_info = [(kind, dtype, tuple(shape)) for kind, dtype, shape in args["args_info"]]
+        try:
+            write_reference(mod, args_info, args["seed"], Path(args["out"]))
+        except Exception as error:
+            raise WorkError(FailureKind.BUILD_ERROR, f"no reference: {one_line(error)}") from None
+        return {"seconds": time.monotonic() - start}
+
+    def model(self, args: dict[str, Any]) -> dict[str, Any]:
+        from tuner_core.compiler.apply import apply_schedules
+        from tuner_core.compiler.executable import build_executable, export_executable
+
+        target = self._target(args["target"])
+        mod = tvm.ir.load_json(args["module"])
+        _check(mod)
+        seconds: dict[str, float] = {}
+        coverage: dict[str, Any] = {}
+        for name, traces in (("baseline", {}), ("tuned", args["traces"])):
+            start = time.monotonic()
+            try:
+                scheduled, applied = apply_schedules(mod, target, traces)
+                export_executable(build_executable(scheduled, target), args[name])
+            except TunerError as error:
+                raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
+            seconds[name] = time.monotonic() - start
+            coverage = applied.as_dict()
+        return {"seconds": seconds, "coverage": coverage}
+
+    def _inputs(self, args: dict[str, Any]) -> tuple[tvm.IRModule, Target]:
+        return self._module(args["digest"], args["body"]), self._target(args["target"])
+
+    def _module(self, digest: str, body: str) -> tvm.IRModule:
+        mod = self._modules.get(digest)
+        if mod is None:
+            try:
+                mod = module_from_body(body)
+            except InvalidRecordError as error:
+                raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
+            _check(mod)
+            self._modules[digest] = mod
+            while len(self._modules) > _MODULES_KEPT:
+                self._modules.popitem(last=False)
+        self._modules.move_to_end(digest)
+        return mod
+
+    def _target(self, target_json: str) -> Target:
+        if target_json not in self._targets:
+            target = Target(json.loads(target_json))
+            try:
+                prepare_for_target(target, self._cubin_cache)
+            except TunerError as error:
+                raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
+            self._targets[target_json] = target
+        return self._targets[target_json]
+
+    def _compile(self, mod: tvm.IRModule, target: Target, out: str) -> None:
+        try:
+            compile_module(mod, target, Path(out))
+        except Exception as error:  # TVM, LLVM, NVRTC and the linker have no common base
+            raise WorkError(FailureKind.BUILD_ERROR, one_line(error)) from None
+
+
+def _check(mod: tvm.IRModule) -> None:
+    """Refuse what a client's IR may not contain."""
+    try:
+        from tuner_core.compiler.guard import check_module
+    except ImportError:  # TODO: being written; remove when it is there
+        return
+    try:
+        check_module(mod)
+    except TunerError as error:
+        raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
+
+
+def _limit_resources() -> None:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    for limit, value in (
+        (resource.RLIMIT_AS, mapped + _EXTRA_ADDRESS_SPACE),
+        (resource.RLIMIT_FSIZE, _LARGEST_FILE),
+    ):
+        _soft, hard = resource.getrlimit(limit)
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(limit, (value, value))
+
+
+def main(sock: socket.socket, config: dict[str, Any]) -> None:
+    """Serve until the peer closes.
+
+    Args:
+        sock: Connected stream socket.
+        config: ``cubin_cache``: directory for compiled GPU kernels, or null.
+    """
+    _limit_resources()
+    builder = _Builder(config)
+    serve(
+        sock,
+        {
+            "build": builder.build,
+            "fallback": builder.fallback,
+            "reference": builder.reference,
+            "model": builder.model,
+        },
+    )
