@@ -1,0 +1,147 @@
+"""Whose turn it is: hands idle workers to those who wait, first come first served, and the whole device to one alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+S = TypeVar("S")
+
+
+@dataclass(eq=False)
+class _Waiter(Generic[S]):
+    granted: asyncio.Future[S | None]
+    accepts: Callable[[S], bool] | None = None  # None: waits to be alone
+
+
+@dataclass(eq=False)
+class Turns(Generic[S]):
+    """Idle slots and the queue for them.
+
+    A turn alone begins when every slot that was handed out has come back, and who came after it waits behind it: neither
+    kind of turn starves the other. Every wait may be cancelled.
+    """
+
+    _idle: list[S] = field(default_factory=list)
+    _queue: deque[_Waiter[S]] = field(default_factory=deque)
+    _queue_alone: deque[_Waiter[S]] = field(default_factory=deque)
+    _busy: int = 0
+    _alone: bool = False
+    _error: Exception | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether someone has the device alone."""
+        return self._alone
+
+    def offer(self, slot: S) -> None:
+        """A slot is ready to be handed out."""
+        self._error = None
+        self._idle.append(slot)
+        self._dispatch()
+
+    def withdraw(self, slot: S) -> None:
+        """An idle slot is not ready any more."""
+        if slot in self._idle:
+            self._idle.remove(slot)
+
+    def give(self, slot: S, *, ready: bool) -> None:
+        """A slot that was taken comes back.
+
+        Args:
+            slot: The slot.
+            ready: False when it is to be repaired first; :meth:`offer` it then.
+        """
+        self._busy -= 1
+        if ready:
+            self._idle.append(slot)
+        self._dispatch()
+
+    async def take(
+        self, accepts: Callable[[S], bool] = lambda _: True, *, within_alone: bool = False, first: bool = False
+    ) -> S:
+        """Wait for a slot; the caller gives it back.
+
+        Args:
+            accepts: Which slots will do.
+            within_alone: The caller has the turn alone.
+            first: Before all others that wait.
+
+        Raises:
+            Exception: What :meth:`fail` was called with.
+        """
+        slot = await self._wait(self._queue_alone if within_alone else self._queue, accepts, first)
+        assert slot is not None
+        return slot
+
+    async def begin_alone(self, *, first: bool = False) -> None:
+        """Wait until no slot is handed out; then none is but to the caller, until :meth:`end_alone`.
+
+        Raises:
+            Exception: What :meth:`fail` was called with.
+        """
+        await self._wait(self._queue, None, first)
+
+    def end_alone(self) -> None:
+        """The others may go on."""
+        self._alone = False
+        self._dispatch()
+
+    def fail(self, error: Exception) -> None:
+        """No slot will be offered soon: raise this in all that wait, and at once in new ones, until one is offered."""
+        self._error = error
+        for queue in (self._queue, self._queue_alone):
+            while queue:
+                waiter = queue.popleft()
+                if not waiter.granted.done():
+                    waiter.granted.set_exception(error)
+
+    async def _wait(self, queue: deque[_Waiter[S]], accepts: Callable[[S], bool] | None, first: bool) -> S | None:
+        if self._error is not None:
+            raise self._error
+        waiter = _Waiter[S](asyncio.get_running_loop().create_future(), accepts)
+        if first:
+            queue.appendleft(waiter)
+        else:
+            queue.append(waiter)
+        self._dispatch()
+        try:
+            return await waiter.granted
+        except asyncio.CancelledError:
+            if waiter in queue:
+                queue.remove(waiter)
+                self._dispatch()  # it may have stood before others
+            elif waiter.granted.done() and not waiter.granted.cancelled() and waiter.granted.exception() is None:
+                slot = waiter.granted.result()  # granted in the same breath
+                if slot is None:
+                    self.end_alone()
+                else:
+                    self.give(slot, ready=True)
+            raise
+
+    def _dispatch(self) -> None:
+        if self._alone:
+            self._hand_out(self._queue_alone)
+            return
+        self._hand_out(self._queue)
+        if self._queue and self._queue[0].accepts is None and self._busy == 0:
+            self._alone = True
+            self._queue.popleft().granted.set_result(None)
+
+    def _hand_out(self, queue: deque[_Waiter[S]]) -> None:
+        """Idle slots to those who wait for one, in order, up to the first that waits to be alone."""
+        served: list[_Waiter[S]] = []
+        for waiter in queue:
+            if not self._idle or waiter.accepts is None:
+                break
+            slot = next((slot for slot in self._idle if waiter.accepts(slot)), None)
+            if slot is not None:
+                self._idle.remove(slot)
+                self._busy += 1
+                waiter.granted.set_result(slot)
+                served.append(waiter)
+        for waiter in served:
+            queue.remove(waiter)

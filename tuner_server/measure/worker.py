@@ -1,0 +1,203 @@
+"""What runs inside a measurement worker: load a built library, time it, compare its output. It never compiles."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tuner_core.model import FailureKind
+from tuner_server.measure.argument_cache import ArgumentCache
+from tuner_server.measure.correctness import compare
+from tuner_server.measure.inputs import ArgsInfo, Array, draw_array, load_reference, numpy_dtype
+from tuner_server.measure.models import measure_models
+from tuner_server.processes.child import WorkError, one_line, serve
+
+_ENTRY = "main"
+_CACHE_BYTES = 256 << 20
+_UNWRITTEN_INTEGER = 113
+DEVICE_FAULT = "device_fault"  # the worker's context is gone: restart it
+_OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cannot allocate", "alloc failed", "memoryerror")
+_HARMLESS_CUDA = ("invalid configuration", "invalid argument", "too many resources", "invalid device function",
+                  "no kernel image", "named symbol not found")  # fmt: skip
+
+
+def main(sock: socket.socket, config: dict[str, Any]) -> None:
+    """Serve measurements on one device until the peer closes.
+
+    Args:
+        sock: Request socket.
+        config: ``device``: TVM's name of it, e.g. ``cpu:0``; ``cache_bytes``: argument buffers to keep at most.
+    """
+    worker = Worker(config.get("device", "cpu:0"), int(config.get("cache_bytes", _CACHE_BYTES)))
+    serve(
+        sock,
+        {
+            "hello": worker.hello,
+            "measure": worker.measure,
+            "check": worker.check,
+            "measure_models": worker.measure_models,
+            "cpu_target": cpu_target,
+        },
+    )
+
+
+def cpu_target(args: dict[str, Any]) -> dict[str, Any]:
+    """Target of this host's processor."""
+    from tuner_server.partitions.cpu_target import cpu_target as host_target
+
+    return {"target": host_target(args["cores"])}
+
+
+class Worker:
+    """One device, with the argument buffers that earlier measurements left.
+
+    Args:
+        device: TVM's name of the device.
+        cache_bytes: Argument buffers to keep at most.
+    """
+
+    def __init__(self, device: str, cache_bytes: int = _CACHE_BYTES) -> None:
+        kind, _, index = device.partition(":")
+        self._kind = kind
+        self._device = tvm.device(kind, int(index or 0))
+        self._cache = ArgumentCache(self._device, cache_bytes)
+
+    def hello(self, _args: dict[str, Any]) -> dict[str, Any]:
+        """What the worker sees: the proof that its share was granted."""
+        affinity = sorted(os.sched_getaffinity(0))
+        if self._kind == "cpu":
+            sm_count, threads = len(affinity), tvm.runtime.num_threads()
+        else:
+            sm_count, threads = int(self._device.multi_processor_count), 1
+        return {"pid": os.getpid(), "sm_count": sm_count, "threads": int(threads), "affinity": affinity}
+
+    def measure(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Latency samples of one artifact.
+
+        Args:
+            args: ``artifact``, ``args_info``, ``evaluator`` (number, repeat, min_repeat_ms), ``give_up_above_us``.
+
+        Returns:
+            ``samples_us``; ``gave_up``: whether the first sample was so slow that the others were not taken.
+        """
+        evaluator, limit_us = args["evaluator"], args.get("give_up_above_us")
+        number, repeat = int(evaluator["number"]), int(evaluator["repeat"])
+        min_repeat_ms = int(evaluator["min_repeat_ms"])
+        library = self._load(args["artifact"])
+        arguments = self._attempt(lambda: self._cache.get(args["args_info"]))
+
+        def sample(number: int, repeat: int) -> list[float]:
+            timer = library.time_evaluator(
+                _ENTRY, self._device, number=number, repeat=repeat, min_repeat_ms=min_repeat_ms
+            )
+            return [seconds * 1e6 for seconds in timer(*arguments).results]
+
+        first = 1 if limit_us is not None else repeat
+        samples = self._attempt(lambda: sample(number, first))
+        gave_up = limit_us is not None and samples[0] > limit_us
+        if not gave_up and first < repeat:
+            calls = max(number, math.ceil(min_repeat_ms * 1000 / max(samples[0], 1e-3)))  # spares a new calibration
+            samples += self._attempt(lambda: sample(calls, repeat - first))
+        if not all(math.isfinite(value) and value > 0 for value in samples):
+            raise WorkError(FailureKind.RUN_ERROR, f"the timer returned {samples}")
+        return {"samples_us": samples, "gave_up": gave_up}
+
+    def check(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Compare an artifact's outputs with a reference.
+
+        Args:
+            args: ``artifact``, ``args_info``; ``reference``: an npz of inputs and outputs, or instead
+                ``reference_artifact``: another library, run here on the same random inputs, with ``outputs`` = number
+                of outputs (the last arguments) and ``seed``.
+
+        Returns:
+            ``verdict``, ``max_error`` (None when not finite), ``message``.
+        """
+        args_info = args["args_info"]
+        if args.get("reference"):
+            try:
+                inputs, expected = load_reference(Path(args["reference"]), args_info)
+            except (OSError, ValueError) as error:
+                raise WorkError("internal", f"the reference cannot be read: {error}") from None
+        else:
+            rng = np.random.default_rng(int(args.get("seed", 0)))
+            given = args_info[: len(args_info) - int(args.get("outputs", 1))]
+            inputs = [draw_array(rng, dtype, shape, index_limit=1) for _kind, dtype, shape in given]
+            expected = self._outputs(args["reference_artifact"], args_info, inputs)
+        result = compare(self._outputs(args["artifact"], args_info, inputs), expected)
+        max_error = result.max_error if math.isfinite(result.max_error) else None
+        return {"verdict": result.verdict, "max_error": max_error, "message": result.message}
+
+    def _outputs(self, artifact: str, args_info: ArgsInfo, inputs: list[Array]) -> list[Array]:
+        """Run once. Outputs start as NaN (integers: an odd value), so that one left unwritten shows."""
+        library = self._load(artifact)
+
+        def run() -> list[Array]:
+            blank = [_unwritten(dtype, shape) for _kind, dtype, shape in args_info[len(inputs) :]]
+            tensors = [tvm.runtime.tensor(array, self._device) for array in [*inputs, *blank]]
+            library[_ENTRY](*tensors)
+            self._device.sync()
+            return [tensor.numpy() for tensor in tensors[len(inputs) :]]
+
+        return self._attempt(run)
+
+    def measure_models(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Latency of two builds of one model, measured in turn, and whether their outputs agree.
+
+        Args:
+            args: ``baseline``, ``tuned``: Relax executables; ``rounds``, ``budget_s``, ``seed``.
+        """
+        self._cache.clear()
+        loaded = [self._load(args[name]) for name in ("baseline", "tuned")]
+        try:
+            return self._attempt(
+                lambda: measure_models(
+                    loaded[0],
+                    loaded[1],
+                    self._device,
+                    rounds=int(args["rounds"]),
+                    budget_s=float(args["budget_s"]),
+                    seed=int(args["seed"]),
+                    clock=time.perf_counter,
+                )
+            )
+        finally:
+            loaded.clear()
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # a model's weights can be hundreds of megabytes
+
+    def _load(self, path: str) -> Any:
+        if not path.endswith(".so"):
+            raise WorkError("internal", f"a worker loads shared libraries only, not {Path(path).name}")
+        return self._attempt(lambda: tvm.runtime.load_module(path))
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        """Do something on the device; its errors become kinds of failure."""
+        try:
+            return action()
+        except WorkError:
+            raise
+        except Exception as error:  # TVM raises RuntimeError, InternalError, MemoryError, ...
+            text = str(error).lower()
+            line = one_line(error)
+            if isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY):
+                self._cache.clear()
+                raise WorkError(FailureKind.OUT_OF_MEMORY, line) from None
+            if self._kind != "cpu" and "cuda" in text and not any(mark in text for mark in _HARMLESS_CUDA):
+                raise WorkError(DEVICE_FAULT, line) from None
+            raise WorkError(FailureKind.RUN_ERROR, line) from None
+
+
+def _unwritten(dtype: str, shape: tuple[int, ...]) -> Array:
+    integer = "int" in dtype or dtype == "bool"
+    return np.full(tuple(shape), _UNWRITTEN_INTEGER if integer else np.nan, numpy_dtype(dtype))

@@ -1,0 +1,205 @@
+"""Shares of the host's processor: whole cores, to which workers are pinned."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuner_core.errors import TunerError, UsageError
+from tuner_core.model import DeviceInfo, PartitionKind
+from tuner_server.partitions.interface import Partition, check_share
+from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+
+_MEMORY_SHARE = 0.8  # of the memory that this process may use, per worker: a candidate may not take the host down
+_TARGET_TIMEOUT_S = 60.0
+
+
+class CpuPartitions:
+    """The cores that this process may use, divided among workers.
+
+    Args:
+        spawner: Starts the process that asks LLVM what the processor is.
+        cores: Cores to divide; None: those that affinity and the control group leave to this process.
+    """
+
+    faults_spread = False
+
+    def __init__(self, spawner: Spawner, cores: Sequence[int] | None = None) -> None:
+        self._spawner = spawner
+        self._cores = tuple(cores) if cores is not None else usable_cores()
+        self._targets: dict[int, str] = {}
+        self._device = DeviceInfo(
+            kind="cpu", model=processor_model(), arch=platform.machine(), uuid="cpu", sm_count=len(self._cores)
+        )
+
+    @property
+    def device(self) -> DeviceInfo:
+        """The processor; ``sm_count`` is the number of cores."""
+        return self._device
+
+    @property
+    def kinds_on_offer(self) -> tuple[PartitionKind, ...]:
+        """Cores only."""
+        return (PartitionKind.CPU,)
+
+    async def start(self) -> None:
+        """Nothing to do: cores are always there."""
+
+    async def stop(self) -> None:
+        """Nothing to undo."""
+
+    def plan(self, sm_percent: int, workers: int | None = None) -> list[Partition]:
+        """Give each worker its share of the cores, rounded down, at least one.
+
+        Cores that share a physical core go to the same worker where they can, because they slow each other down.
+
+        Args:
+            sm_percent: Share of each worker, 1..100.
+            workers: How many; None: as many as fit.
+
+        Raises:
+            UsageError: Out of range, or more than the processor has.
+        """
+        check_share(sm_percent, workers)
+        each = max(1, len(self._cores) * sm_percent // 100)
+        fitting = min(100 // sm_percent, len(self._cores) // each)
+        count = fitting if workers is None else workers
+        if count * sm_percent > 100:
+            raise UsageError(
+                f"{count} workers with {sm_percent} % each are {count * sm_percent} % of the processor: "
+                f"at most {100 // sm_percent} workers fit"
+            )
+        if count > fitting:
+            raise UsageError(
+                f"{count} workers with {sm_percent} % each need {count * each} cores, this process may use "
+                f"{len(self._cores)}: at most {fitting} workers fit"
+            )
+        return [self._partition(index, sm_percent, each) for index in range(count)]
+
+    def _partition(self, index: int, sm_percent: int, cores: int) -> Partition:
+        affinity = self._cores[index * cores : (index + 1) * cores]
+        return Partition(
+            index=index,
+            device_uuid=self._device.uuid,
+            kind=PartitionKind.CPU,
+            sm_percent=sm_percent,
+            expected_sm_count=cores,
+            affinity=tuple(sorted(affinity)),
+            tvm_device="cpu:0",
+            env={
+                "TVM_NUM_THREADS": str(cores),
+                "TVM_BIND_THREADS": "0",  # the affinity of the process decides, TVM's own binding ignores it
+                "OMP_NUM_THREADS": str(cores),
+            },
+            memory_bytes=int(usable_memory_bytes() * _MEMORY_SHARE),
+        )
+
+    async def target_json(self, sm_percent: int) -> str:
+        """An llvm target with the host's processor type and the worker's number of cores.
+
+        Raises:
+            UsageError: The percentage is out of range.
+            TunerError: The process that knows LLVM could not be asked.
+        """
+        cores = self.plan(sm_percent, 1)[0].expected_sm_count
+        if cores not in self._targets:
+            try:
+                child = await self._spawner.spawn("measure", {"device": "cpu:0"}, name="target")
+                try:
+                    answer = await child.request("cpu_target", {"cores": cores}, timeout_s=_TARGET_TIMEOUT_S)
+                finally:
+                    await child.close()
+            except (ChildDied, ChildError, ChildTimeout) as error:
+                raise TunerError(f"cannot ask LLVM about this processor: {error}") from None
+            self._targets[cores] = answer["target"]
+        return self._targets[cores]
+
+    async def prepare_worker(self, partition: Partition) -> None:
+        """Nothing to do."""
+
+    async def stop_worker(self, child: Child) -> bool:
+        """Kill it; neighbours have their own cores and do not notice."""
+        child.kill()
+        await child.exited
+        return True
+
+    def spare_cores(self, partitions: Sequence[Partition]) -> list[int]:
+        """Cores that no partition has."""
+        taken = {core for partition in partitions for core in partition.affinity}
+        return sorted(set(self._cores) - taken)
+
+
+def usable_cores() -> tuple[int, ...]:
+    """Cores that this process may use: its affinity, cut to the control group's quota; siblings side by side."""
+    cores = sorted(os.sched_getaffinity(0), key=lambda core: (*_physical_core(core), core))
+    quota = _quota_cores()
+    return tuple(cores if quota is None else cores[: max(1, int(quota))])
+
+
+def _physical_core(core: int) -> tuple[int, int]:
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
+    try:
+        return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text())
+    except (OSError, ValueError):
+        return 0, core
+
+
+def _quota_cores() -> float | None:
+    """Processor time that the control group grants, in cores; None when it sets no limit (kernel: cgroup-v2.rst)."""
+    for group in _control_groups("cpu"):
+        try:
+            if (group / "cpu.max").exists():
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota = (group / "cpu.cfs_quota_us").read_text().strip()
+                period = (group / "cpu.cfs_period_us").read_text().strip()
+            if quota not in ("max", "-1"):
+                return int(quota) / int(period)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def usable_memory_bytes() -> int:
+    """Memory of the host, or the control group's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for group in _control_groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                total = min(total, int((group / name).read_text()))
+            except (OSError, ValueError):
+                continue
+    return total
+
+
+def _control_groups(controller: str) -> list[Path]:
+    """Directories that may limit this process, its own group first (version 2, then version 1)."""
+    found = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _number, controllers, path = line.split(":", 2)
+        root = Path("/sys/fs/cgroup")
+        if controllers and controller in controllers.split(","):
+            root /= controller
+        elif controllers:
+            continue
+        own = root / path.lstrip("/")
+        found += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+    return found
+
+
+def processor_model() -> str:
+    """Name of the processor, e.g. ``AMD EPYC 9654 96-Core Processor``; the architecture where the kernel gives none."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return " ".join(value.split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
