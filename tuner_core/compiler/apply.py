@@ -71,17 +71,19 @@ def apply_schedules(prepared: IRModule, target: Target, traces: Mapping[str, str
     """
     load_tvm(intrinsics=True)
     import tvm
+    from tvm import relax
 
     functions = {var: f for var, f in prepared.functions.items() if isinstance(f, tvm.tirx.PrimFunc)}
     invalid: dict[str, str] = {}
     tuned: list[str] = []
     fallback: list[str] = []
     matched: set[str] = set()
-    result = tvm.IRModule(dict(prepared.functions.items()), attrs=prepared.attrs, global_infos=prepared.global_infos)
+    # before scheduling: only an unscheduled reshape is recognised, and becomes a view instead of a copy
+    result = relax.transform.RewriteDataflowReshape()(prepared)
     for group in _equal_functions(functions):
         scheduled, digest, problem = _schedule_group(group, target, traces)
         for var, function in group.members:
-            result.update_func(var, _with_attributes_of(function, scheduled))
+            result.update_func(result.get_global_var(var.name_hint), _with_attributes_of(function, scheduled))
             (fallback if digest is None else tuned).append(var.name_hint)
             if problem:
                 invalid[var.name_hint] = problem

@@ -28,9 +28,21 @@ def build_executable(mod: IRModule, target: Target) -> VMExecutable:
     import tvm
     from tvm import relax
     from tvm.ir.transform import PassContext
-    from tvm.relax import pipeline
-
-    passes = [*pipeline.dataflow_lower_passes(target), *pipeline.finalize_passes(target)]
+    # the passes of TVM's own pipelines after scheduling; its CPU pipeline cannot be asked for them in this version
+    passes = [
+        relax.transform.RewriteDataflowReshape(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.RewriteCUDAGraph(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
     lower = tvm.transform.Sequential(passes)
     try:
         with target, PassContext(opt_level=3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from tuner_core.compiler.tvm_setup import load_tvm
@@ -22,11 +23,9 @@ def expanded_target(target: Any) -> str:
     Raises:
         UsageError: TVM does not know such a target.
     """
-    return _expanded(target if isinstance(target, str) else json.dumps(_plain(target)))
-
-
-def _plain(target: Any) -> Any:
-    return dict(target) if hasattr(target, "keys") and hasattr(target, "items") else json.loads(str(target))
+    if isinstance(target, Mapping):
+        return _expanded(json.dumps(dict(target)))
+    return _expanded(str(target))
 
 
 @functools.lru_cache(maxsize=256)
