@@ -54,6 +54,12 @@ def _log(program: ctypes.c_void_p) -> str:
     return text.value.decode(errors="replace")
 
 
+def _headline_last(log: str) -> str:
+    """The log, with its first error repeated as the last line: what a one-line report shows."""
+    errors = [line.strip() for line in log.splitlines() if "error" in line]
+    return "\n".join([log.rstrip(), errors[0] if errors else "NVRTC failed without a message"])
+
+
 def compile_cubin(source: str, options: Sequence[str], name: str = "kernels.cu") -> bytes:
     """Compile one source.
 
@@ -76,7 +82,7 @@ def compile_cubin(source: str, options: Sequence[str], name: str = "kernels.cu")
         encoded = [option.encode() for option in options]
         argv = (ctypes.c_char_p * len(encoded))(*encoded)
         if library.nvrtcCompileProgram(program, len(encoded), argv):
-            raise CudaCompileError(_log(program) or "NVRTC failed without a message")
+            raise CudaCompileError(_headline_last(_log(program)))
         size = ctypes.c_size_t()
         _check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
         cubin = ctypes.create_string_buffer(size.value)

@@ -1,0 +1,233 @@
+"""Planning of GPU shares, what workers are told, and how they are stopped; the device's side is a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tuner_core.errors import TunerError, UsageError
+from tuner_core.model import PartitionKind
+from tuner_server.gpu.inventory import GpuInfo, choose_gpus, find_gpus
+from tuner_server.gpu.lock import LOCK_DIRECTORY
+from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
+from tuner_server.partitions.exclusive import ExclusivePartitions
+from tuner_server.partitions.mps import MpsPartitions
+
+STANDIN = Path(__file__).parents[1] / "gpu_standin"
+PROBE = (sys.executable, str(STANDIN / "mps_client.py"), "probe")
+
+
+@pytest.fixture
+def gpu() -> Iterator[GpuInfo]:
+    name = f"GPU-{uuid.uuid4()}"
+    yield GpuInfo(0, name, "NVIDIA H200", "sm_90", 139 << 30, "default", False, "580.159.03", "13.0")
+    (LOCK_DIRECTORY / f"tuner-{name}.lock").unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def provider(gpu: GpuInfo, directory: Path, **options: bool) -> AsyncIterator[MpsPartitions]:
+    control = str(STANDIN / "nvidia-cuda-mps-control")
+    partitions = MpsPartitions(gpu, directory, control=control, probe=PROBE, **options)
+    await partitions.start()
+    try:
+        yield partitions
+    finally:
+        await partitions.stop()
+
+
+def test_shares_are_planned_within_100_percent(gpu: GpuInfo, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            assert partitions.device.sm_count == 132
+            plan = partitions.plan(25, 4)
+            assert [part.expected_sm_count for part in plan] == [32] * 4
+            assert len(partitions.plan(25)) == 4
+            assert len(partitions.plan(1)) == 48  # MPS takes no more clients
+            assert [part.expected_sm_count for part in partitions.plan_shares([50, 25, 12])] == [66, 32, 14]
+            assert partitions.plan(100)[0].expected_sm_count == 132
+            assert {part.kind for part in plan} == {PartitionKind.MPS}
+            with pytest.raises(UsageError, match=r"25 \+ 25 \+ 25 \+ 25 \+ 25 sum to 125 %.*--oversubscribe"):
+                partitions.plan(25, 5)
+            with pytest.raises(UsageError, match="49 workers are too many"):
+                partitions.plan(1, 49)
+            with pytest.raises(UsageError, match="1 to 100"):
+                partitions.plan(0)
+
+    asyncio.run(body())
+
+
+def test_oversubscription_is_granted_when_asked_for_and_says_what_it_costs(
+    gpu: GpuInfo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps", oversubscribe=True) as partitions:
+            plan = partitions.plan(25, 8)
+            assert len(plan) == 8
+            assert sum(part.memory_bytes for part in plan) < gpu.memory_bytes
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(body())
+    assert any("200 %" in line and "rank correlation" in line for line in caplog.messages)
+
+
+def test_a_worker_is_told_its_device_by_uuid_its_daemon_its_share_and_its_memory(gpu: GpuInfo, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            env = partitions.plan_shares([50, 25])[1].env
+            assert env["CUDA_VISIBLE_DEVICES"] == gpu.uuid
+            assert env["CUDA_MPS_PIPE_DIRECTORY"] == str(partitions.daemon.pipe_directory)
+            assert env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
+            assert env["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == f"0={int(139 * 1024 * 0.9 * 0.25)}M"
+
+    asyncio.run(body())
+
+
+def test_a_driver_that_does_not_cap_is_refused_and_its_daemon_stopped(
+    gpu: GpuInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN_IGNORES_CAPS", "1")
+
+    async def body() -> None:
+        with pytest.raises(TunerError, match="saw all 132 SMs: this driver's MPS does not cap its clients"):
+            async with provider(gpu, tmp_path / "mps"):
+                pass
+
+    asyncio.run(body())
+    assert list((tmp_path / "mps" / "pipe").iterdir()) == []
+
+
+def test_the_target_is_the_devices_own_and_tvm_accepts_it(gpu: GpuInfo, tmp_path: Path) -> None:
+    from tuner_core.compiler.tvm_setup import load_tvm
+
+    load_tvm()
+    from tvm.target import Target
+
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            text = await partitions.target_json(25)
+            assert text == await partitions.target_json(100)
+            target = Target(json.loads(text))
+            assert (target.attrs["arch"], target.attrs["l2_cache_size_bytes"]) == ("sm_90", 60 << 20)
+            assert Target(json.loads(str(target))).attrs["registers_per_block"] == 65536
+
+    asyncio.run(body())
+
+
+class ChildOfTheServer:
+    """The part of processes.spawner.Child that stopping needs, around a stand-in of a busy worker."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(STANDIN / "mps_client.py"), "work"], env=env, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None and self.process.stdout.readline() == "attached\n"
+        self.pid = self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    async def close(self, grace_s: float) -> None:
+        self.process.wait(30)
+
+
+def test_a_busy_worker_is_stopped_without_harm_to_its_neighbour(gpu: GpuInfo, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            plan = partitions.plan(50)
+            hung, neighbour = (ChildOfTheServer({**os.environ, **part.env}) for part in plan)
+            assert await partitions.stop_worker(hung)  # type: ignore[arg-type]
+            assert hung.process.returncode == 3
+            assert neighbour.alive
+            neighbour.process.kill()
+            neighbour.process.wait()
+            assert not await partitions.stop_worker(neighbour)  # type: ignore[arg-type]
+
+    asyncio.run(body())
+
+
+def test_a_dead_daemon_comes_back_before_the_next_worker(gpu: GpuInfo, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            (part, *_) = partitions.plan(25)
+            assert partitions.daemon.pid is not None
+            os.kill(partitions.daemon.pid, signal.SIGKILL)
+            await partitions.prepare_worker(part)
+            worker = ChildOfTheServer({**os.environ, **part.env})
+            assert await partitions.stop_worker(worker)  # type: ignore[arg-type]
+
+    asyncio.run(body())
+
+
+def test_without_mps_one_exclusive_worker_is_on_offer_and_the_rest_is_refused_with_the_reason(gpu: GpuInfo) -> None:
+    async def body() -> None:
+        partitions = ExclusivePartitions(gpu, "nvidia-cuda-mps-control is not installed", probe=PROBE)
+        await partitions.start()
+        try:
+            (part,) = partitions.plan(100)
+            assert (part.kind, part.expected_sm_count) == (PartitionKind.EXCLUSIVE, 132)
+            assert "CUDA_MPS_PIPE_DIRECTORY" not in part.env
+            for share, workers in ((25, None), (100, 2)):
+                with pytest.raises(UsageError, match=r"only one worker .*nvidia-cuda-mps-control is not installed"):
+                    partitions.plan(share, workers)
+        finally:
+            await partitions.stop()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("seen", "percent", "count"),
+    [
+        ({10: 12, 25: 32, 50: 66}, 30, 38),  # H200, as measured
+        ({10: 12, 25: 32, 50: 66}, 12, 14),
+        ({10: 12, 25: 32, 50: 66}, 1, 2),
+        ({10: 14, 25: 34, 50: 66}, 30, 40),  # a device that rounds up
+        ({10: 13, 25: 33, 50: 66}, 30, 39),  # one that grants single SMs
+        ({10: 17, 25: 31, 50: 66}, 25, 31),  # no rule fits: what was read stands
+    ],
+)
+def test_the_rule_of_shares_follows_what_was_read(seen: dict[int, int], percent: int, count: int) -> None:
+    assert fit_shares(132, seen).at(percent) == count
+
+
+def test_the_rule_gives_every_count_that_was_measured_on_an_h200() -> None:
+    assert [SmShares(132).at(share) for share in (100, 50, 30, 25, 12, 10)] == [132, 66, 38, 32, 14, 12]
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "pinned", "spare"),
+    [
+        (16, 4, [(0,), (1,), (2,), (3,)], 12),
+        (16, 8, [(0, 1, 2, 3, 4)] * 8, 11),
+        (2, 4, [(0,)] * 4, 1),
+        (1, 2, [()] * 2, 1),
+    ],
+)
+def test_host_cores_are_divided_between_measurement_and_building(
+    cores: int, workers: int, pinned: list[tuple[int, ...]], spare: int
+) -> None:
+    affinity, left = host_cores(range(cores), workers)
+    assert affinity == pinned
+    assert len(left) == spare
+
+
+def test_a_host_without_a_driver_has_no_gpu_and_says_so() -> None:
+    inventory = find_gpus()
+    if inventory.gpus:
+        pytest.skip("this host has a GPU")
+    assert "NVIDIA driver" in inventory.reason
+    with pytest.raises(TunerError, match=r"no GPU to use: .*NVIDIA driver"):
+        choose_gpus(inventory, "cuda:0")
+    assert choose_gpus(inventory, "auto") == ()

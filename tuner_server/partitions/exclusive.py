@@ -1,0 +1,133 @@
+"""A whole GPU for one worker: what a host without MPS can grant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from tuner_core.errors import TunerError, UsageError
+from tuner_core.model import DeviceInfo, PartitionKind
+from tuner_server.gpu.inventory import GpuInfo
+from tuner_server.gpu.lock import GpuLock
+from tuner_server.gpu.sm_share import host_cores
+from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
+from tuner_server.partitions.interface import Partition, check_share
+from tuner_server.processes.spawner import Child
+
+_MEMORY_SHARE = 0.9  # of the device's memory, for arguments; the rest is for contexts and what others hold
+
+
+def device_info(gpu: GpuInfo, facts: DeviceFacts | None) -> DeviceInfo:
+    """A GPU as records name it; ``facts`` completes what NVML does not say."""
+    return DeviceInfo(
+        kind="cuda",
+        model=gpu.name,
+        arch=gpu.arch,
+        uuid=gpu.uuid,
+        sm_count=facts.sm_count if facts else 0,
+        driver_version=gpu.driver_version,
+        cuda_version=gpu.cuda_version,
+    )
+
+
+class ExclusivePartitions:
+    """One worker with all SMs of one GPU.
+
+    Args:
+        gpu: The GPU.
+        reason: Why no share can be granted, in one line; part of the refusal of every other share.
+        probe: Command that reads the device's facts.
+    """
+
+    faults_spread = False
+
+    def __init__(self, gpu: GpuInfo, reason: str, *, probe: Sequence[str] = PROBE_COMMAND) -> None:
+        self._gpu = gpu
+        self._reason = reason
+        self._probe = probe
+        self._facts: DeviceFacts | None = None
+        self._lock: GpuLock | None = None
+
+    @property
+    def device(self) -> DeviceInfo:
+        """The GPU."""
+        return device_info(self._gpu, self._facts)
+
+    @property
+    def kinds_on_offer(self) -> tuple[PartitionKind, ...]:
+        """Exclusive only."""
+        return (PartitionKind.EXCLUSIVE,)
+
+    async def start(self) -> None:
+        """Take the GPU and ask it what it is.
+
+        Raises:
+            ConflictError: Another server holds it.
+            TunerError: It cannot be used.
+        """
+        self._lock = GpuLock(self._gpu.uuid)
+        try:
+            self._facts = await read_device_facts(self._env, self._probe)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Give the GPU back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @property
+    def _env(self) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": self._gpu.uuid}
+
+    def plan(self, sm_percent: int, workers: int | None = None) -> list[Partition]:
+        """The one partition.
+
+        Raises:
+            UsageError: Anything but one worker with 100 %.
+        """
+        check_share(sm_percent, workers)
+        if sm_percent != 100 or (workers or 1) != 1:
+            raise UsageError(f"only one worker with 100 % of the GPU is on offer here: {self._reason}")
+        if self._facts is None:
+            raise TunerError("the GPU has not been started")
+        affinity, _ = host_cores(sorted(os.sched_getaffinity(0)), 1)
+        return [
+            Partition(
+                index=0,
+                device_uuid=self._gpu.uuid,
+                kind=PartitionKind.EXCLUSIVE,
+                sm_percent=100,
+                expected_sm_count=self._facts.sm_count,
+                affinity=affinity[0],
+                tvm_device="cuda:0",
+                env=self._env,
+                memory_bytes=int(self._facts.memory_bytes * _MEMORY_SHARE),
+            )
+        ]
+
+    async def target_json(self, sm_percent: int) -> str:
+        """Target of the GPU.
+
+        Raises:
+            UsageError: A share other than 100 %.
+            TunerError: Not started.
+        """
+        self.plan(sm_percent)
+        assert self._facts is not None
+        return cuda_target_json(self._facts)
+
+    async def prepare_worker(self, partition: Partition) -> None:
+        """Nothing to do: the driver is always there."""
+
+    async def stop_worker(self, child: Child) -> bool:
+        """Kill it: there is no neighbour to harm."""
+        child.kill()
+        await child.exited
+        return True
+
+    def spare_cores(self, partitions: Sequence[Partition]) -> list[int]:
+        """Host cores that no worker is pinned to."""
+        return host_cores(sorted(os.sched_getaffinity(0)), len(partitions))[1]
