@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import results
 from convergence import Sample, time_to_reach, weighted_curve
 from service import ServiceRun, server_target, tune_with_service

@@ -19,9 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import results
 from service import running_server
 from tasks import MODEL, extract, light_model
