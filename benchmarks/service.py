@@ -20,7 +20,7 @@ from tuner_client import Client, RecordFilter
 from tuner_client.job import JobReport
 from tuner_client.model.prepare import ExtractedTask
 from tuner_core.model import EvaluatorSettings, Origin, Record
-from tuner_core.proto.tuner.v1 import tuning_pb2
+from tuner_core.proto.tuner.v1 import host_pb2, tuning_pb2
 from tuner_core.store.wire import workload_to_proto
 
 START_TIMEOUT_S = 120.0
@@ -163,12 +163,8 @@ def tune_with_service(
     return ServiceRun(server.launched_at, tuning_from, tuning_to, report, records)
 
 
-def server_target(server_arguments: Sequence[str] = ()) -> tuple[str, str]:
-    """Target and device model that a server with these arguments tunes for.
-
-    Returns:
-        The target as JSON, and the device's model.
-    """
+def server_target(server_arguments: Sequence[str] = ()) -> tuple[str, host_pb2.Device]:
+    """What a server with these arguments tunes for: the target as JSON, and the device."""
     with running_server(server_arguments) as server, Client(server.address) as client:
         host = client.host()
-        return host.target_json, host.devices[0].model
+        return host.target_json, host.devices[0]
