@@ -360,11 +360,20 @@ class Client:
         if not host.devices:
             raise ConflictError(f"the server at {self.connection.address} has no device to build for")
         prepared = self._prepare(imported, target_json)
-        key = {"target_json": target_json, "device_model": host.devices[0].model, "sm_count": host.sm_count}
+        device_model = host.devices[0].model
         with self._progress.step(f"building {Path(output).name}"):
-            chosen = choose_by_key(prepared, self.store, **key)
+            chosen = choose_by_key(
+                prepared, self.store, target_json=target_json, device_model=device_model, sm_count=host.sm_count
+            )
             with self._quiet():
-                return build_model(prepared, chosen, Path(output), **key)
+                return build_model(
+                    prepared,
+                    chosen,
+                    Path(output),
+                    target_json=target_json,
+                    device_model=device_model,
+                    sm_count=host.sm_count,
+                )
 
     # Hosts
 

@@ -59,8 +59,8 @@ class Connection:
     def _bind(self) -> None:
         from tuner_core.proto.tuner.v1 import host_pb2_grpc, tuning_pb2_grpc
 
-        self.tuning = tuning_pb2_grpc.TuningServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self.host = host_pb2_grpc.HostServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.tuning = tuning_pb2_grpc.TuningServiceStub(self._channel)
+        self.host = host_pb2_grpc.HostServiceStub(self._channel)
 
     @property
     def address(self) -> str:

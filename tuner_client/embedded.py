@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from tuner_core.datadir import read_holder
 from tuner_core.errors import TunerError
@@ -108,7 +109,8 @@ class EmbeddedServer:
             self._process.wait(2.0)
         code = self._process.poll()
         how = "ended" if code is None else f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with {code}"
-        return f"the local server {how} {when}; its log is {self._log}"
+        said = _last_line(self._log)
+        return f"the local server {how} {when}{f': {said}' if said else ''}; its log is {self._log}"
 
     def describe_death(self) -> str:
         """One line on how the process ended."""
@@ -132,7 +134,7 @@ class EmbeddedServer:
         self._process.wait()
 
 
-def _open_log(path: Path, data_dir: Path) -> contextlib.AbstractContextManager[object]:
+def _open_log(path: Path, data_dir: Path) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return path.open("ab")
@@ -140,6 +142,15 @@ def _open_log(path: Path, data_dir: Path) -> contextlib.AbstractContextManager[o
         raise TunerError(
             f"cannot write the data directory {data_dir} ({error.strerror}); choose another with --data-dir"
         ) from None
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a log, shortened; empty when there is none."""
+    try:
+        lines = path.read_bytes()[-4096:].decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
 def _signal_name(number: int) -> str:

@@ -104,9 +104,15 @@ class Session:
 
     def show(self, renderable: Any) -> None:
         """Print for people; nothing under ``--json``."""
-        if not self.as_json:
+        if self.as_json:
+            return
+        if self.console.is_terminal:
             self.console.print(renderable)
-            self._out.flush()
+        else:
+            with self.console.capture() as captured:
+                self.console.print(renderable)
+            self._out.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+        self._out.flush()
 
     def close_view(self) -> None:
         """Take a live view off the terminal."""

@@ -34,17 +34,7 @@ def _table(*headings: str) -> Table:
 
 def job_table(jobs: Sequence[JobReport]) -> Table:
     """One row per job."""
-    table = _table(
-        "job",
-        "model",
-        "status",
-        "share",
-        "trials",
-        "failed",
-        "time",
-        "begun",
-        right=("share", "trials", "failed", "time"),
-    )
+    table = _table("job", "model", "status", ">share", ">trials", ">failed", ">time", "begun")
     for job in jobs:
         table.add_row(
             job.job,
@@ -61,18 +51,7 @@ def job_table(jobs: Sequence[JobReport]) -> Table:
 
 def record_table(records: Sequence[Record]) -> Table:
     """One row per record."""
-    table = _table(
-        "operator",
-        "latency",
-        "share",
-        "SMs",
-        "device",
-        "model",
-        "team",
-        "state",
-        "age",
-        right=("latency", "share", "SMs"),
-    )
+    table = _table("operator", ">latency", ">share", ">SMs", "device", "model", "team", "state", "age")
     for record in records:
         table.add_row(
             Text(record.description or record.workload_digest[:12]),
@@ -176,16 +155,7 @@ def host_view(host: host_pb2.GetHostResponse, address: str) -> RenderableType:
         lines.append(Text(f"{device.kind}: {device.model} ({device.arch}), {device.sm_count} {units_word}{driver}"))
     jobs = ", ".join(host.running_jobs) or "none"
     lines.append(Text(f"jobs: {jobs}; {units.count(host.trials_measured, 'trial')} measured; store {host.store}"))
-    table = _table(
-        "worker",
-        "partition",
-        "share",
-        units_word,
-        "state",
-        "pid",
-        "pinned to",
-        right=("worker", "share", units_word, "pid"),
-    )
+    table = _table(">worker", "partition", ">share", f">{units_word}", "state", ">pid", "pinned to")
     for worker in host.workers:
         table.add_row(
             str(worker.index),

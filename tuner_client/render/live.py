@@ -117,7 +117,7 @@ class _JobView:
     def _header(self, report: JobReport) -> RenderableType:
         title = Text(no_wrap=True, overflow="ellipsis")
         title.append(report.model, style="bold")
-        title.append(f"  {where(report)}", style="dim")
+        title.append(f" · {where(report)}", style="dim")
         grid = Table.grid(padding=(0, 1))
         grid.add_row(self._spinner, title)
         return grid

@@ -31,7 +31,7 @@ class PlainProgress:
         self._started = time.monotonic()
         self._told: dict[str, TaskState] = {}
         self._last_line = 0.0
-        self._last_measured = -1
+        self._last_measured = 0
         self._phase = ""
         self._lost = False
         self._pace = Pace()
@@ -65,15 +65,15 @@ class PlainProgress:
         self._pace.note(report)
         if message:
             self._line(message)
+        if report.phase and report.phase != self._phase:
+            self._phase = report.phase
+            if not report.ended:
+                self._line(report.phase)
         for task in report.tasks:
             if task.state.final and self._told.get(task.name) is not task.state:
                 self._told[task.name] = task.state
                 if task.state not in _QUIET_STATES or task.trials:
                     self._line(_task_line(task))
-        if report.phase and report.phase != self._phase and not message:
-            self._phase = report.phase
-            if not report.ended:
-                self._line(report.phase)
         now = time.monotonic()
         if not report.ended and now - self._last_line >= self._interval_s and report.measured != self._last_measured:
             self._last_line = now

@@ -24,10 +24,10 @@ _JOB_STYLES = {"done": "bold green", "partly": "bold yellow", "failed": "bold re
 
 
 def state_text(task: TaskReport) -> Text:
-    """A task's state in its colour; a verified result says so."""
+    """A task's state in its colour; a verified result is ticked."""
     word = "waiting" if task.state is TaskState.PENDING else task.state.value
     if task.verified and task.state in (TaskState.TUNED, TaskState.REUSED):
-        word += ", verified"
+        word += " ✓"
     return Text(word, style=_STYLES[task.state])
 
 
@@ -43,14 +43,15 @@ def task_table(tasks: list[TaskReport], *, best: str = "after", fill: bool = Fal
     Args:
         tasks: The operators, in this order.
         best: Heading of the column of the best latency.
-        fill: Use the full width.
+        fill: Use the full width and one line for each operator; else long descriptions wrap.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=fill, show_edge=False, header_style="bold")
-    table.add_column("operator", no_wrap=True, overflow="ellipsis", ratio=1 if fill else None, min_width=12)
-    table.add_column("calls", justify="right", no_wrap=True)
-    for heading in ("before", best, "speed-up", "trials", "failed"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True, min_width=7)
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=fill, show_edge=False, header_style="bold"
+    )
+    table.add_column("operator", no_wrap=fill, overflow="ellipsis" if fill else "fold", ratio=1 if fill else None)
+    for heading in ("calls", "before", best, "speed-up", "trials", "failed"):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=7 if heading in ("before", best) else 5)
+    table.add_column("state", no_wrap=True, min_width=8)
     for task in tasks:
         table.add_row(
             Text(task.description, style="dim" if task.state in (TaskState.PENDING, TaskState.SKIPPED) else ""),
@@ -92,6 +93,8 @@ def final_view(report: JobReport) -> RenderableType:
                 _match_text(report),
             )
         parts += [table, Text()]
+        if any(task.verified for task in shown):
+            parts.append(Text("✓ measured again alone on the device, output checked", style="dim"))
     parts += [Text(line) for line in failure_lines(report)]
     parts.append(summary(report))
     return Group(*parts)
@@ -168,7 +171,7 @@ def where(report: JobReport) -> str:
     share = f"{report.sm_percent} %" if report.sm_percent else ""
     if share and report.sm_count:
         share += f" ({report.sm_count} {cores[:-1] if report.sm_count == 1 else cores})"
-    return "  ".join(part for part in (report.job, report.device_model, share) if part)
+    return " · ".join(part for part in (report.job, report.device_model, share) if part)
 
 
 def is_over(report: JobReport) -> bool:

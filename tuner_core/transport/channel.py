@@ -25,11 +25,11 @@ class _CallDetails(NamedTuple):
     compression: Any
 
 
-class _CallDetailsWithMetadata(_CallDetails, grpc.ClientCallDetails):  # type: ignore[misc]
+class _CallDetailsWithMetadata(_CallDetails, grpc.ClientCallDetails):
     """What gRPC wants an interceptor to pass on."""
 
 
-class _BearerToken(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+class _BearerToken(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Adds the token to every call. Call credentials would do the same, but gRPC refuses them without TLS."""
 
     def __init__(self, token: str) -> None:
@@ -134,7 +134,8 @@ def translate(error: grpc.RpcError, address: str, timeout_s: float | None) -> Tu
 
 def _error_name(error: grpc.RpcError) -> str:
     """The exception class that the server names in its trailing metadata, or nothing."""
-    trailers = error.trailing_metadata() or ()
+    call: Any = error  # what a stub raises is also a grpc.Call
+    trailers = call.trailing_metadata() or ()
     return next((str(value) for key, value in trailers if key == "tuner-error"), "")
 
 
