@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tuner_core.compiler.cuda_libraries import load_tvm_cuda_runtime
 from tuner_core.model import FailureKind
+from tuner_server.gpu.faults import context_lost, headline
 from tuner_server.measure.argument_cache import ArgumentCache
 from tuner_server.measure.correctness import compare
 from tuner_server.measure.inputs import ArgsInfo, Array, draw_array, load_reference, numpy_dtype
@@ -27,8 +29,6 @@ _CACHE_BYTES = 256 << 20
 _UNWRITTEN_INTEGER = 113
 DEVICE_FAULT = "device_fault"  # the worker's context is gone: restart it
 _OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cannot allocate", "alloc failed", "memoryerror")
-_HARMLESS_CUDA = ("invalid configuration", "invalid argument", "too many resources", "invalid device function",
-                  "no kernel image", "named symbol not found")  # fmt: skip
 
 
 def main(sock: socket.socket, config: dict[str, Any]) -> None:
@@ -69,6 +69,8 @@ class Worker:
     def __init__(self, device: str, cache_bytes: int = _CACHE_BYTES) -> None:
         kind, _, index = device.partition(":")
         self._kind = kind
+        if kind == "cuda":
+            load_tvm_cuda_runtime(allow_stub=False)
         self._device = tvm.device(kind, int(index or 0))
         self._cache = ArgumentCache(self._device, cache_bytes)
 
@@ -78,6 +80,7 @@ class Worker:
         if self._kind == "cpu":
             sm_count, threads = len(affinity), tvm.runtime.num_threads()
         else:
+            tvm.runtime.tensor(np.zeros(1, "float32"), self._device)  # makes the context, to which the share is granted
             sm_count, threads = int(self._device.multi_processor_count), 1
         return {"pid": os.getpid(), "sm_count": sm_count, "threads": int(threads), "affinity": affinity}
 
@@ -193,8 +196,10 @@ class Worker:
             if isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY):
                 self._cache.clear()
                 raise WorkError(FailureKind.OUT_OF_MEMORY, line) from None
-            if self._kind != "cpu" and "cuda" in text and not any(mark in text for mark in _HARMLESS_CUDA):
-                raise WorkError(DEVICE_FAULT, line) from None
+            if self._kind == "cuda":
+                line = headline(str(error))
+                if context_lost(str(error)):
+                    raise WorkError(DEVICE_FAULT, line) from None
             raise WorkError(FailureKind.RUN_ERROR, line) from None
 
 
