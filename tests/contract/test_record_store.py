@@ -26,7 +26,7 @@ def all_pages(store: RecordStore, where: RecordFilter, limit: int, **options: ob
     found: list[Record] = []
     cursor = None
     while True:
-        page = store.query(where, limit=limit, cursor=cursor, **options)  # type: ignore[arg-type]
+        page = store.query(where, limit=limit, cursor=cursor, **options)
         assert len(page.records) <= limit
         found += page.records
         cursor = page.next_cursor
@@ -122,7 +122,7 @@ class TestCommit:
     def test_a_record_that_lies_about_itself_is_refused(
         self, store: RecordStore, changes: dict[str, object], says: str
     ) -> None:
-        record = dataclasses.replace(make_record(MATMUL), **changes)  # type: ignore[arg-type]
+        record = dataclasses.replace(make_record(MATMUL), **changes)
         with pytest.raises(InvalidRecordError, match=says):
             store.commit([record], [MATMUL])
         assert store.stats()["records"] == 0
@@ -384,7 +384,7 @@ class TestQuery:
         self.fill(store)
         for bad in ({"limit": 0}, {"limit": 10_001}, {"order": "random"}, {"cursor": "rubbish"}, {"top_per_key": -1}):
             with pytest.raises(UsageError):
-                store.query(RecordFilter(), **bad)  # type: ignore[arg-type]
+                store.query(RecordFilter(), **bad)
         cursor = store.query(RecordFilter(), limit=1).next_cursor
         with pytest.raises(UsageError, match="another query"):
             store.query(RecordFilter(op="conv2d"), limit=1, cursor=cursor)

@@ -8,27 +8,16 @@ from typing import Any
 
 import grpc
 
-from tuner_core.errors import StoreError, TunerError, from_status
+from tuner_core.errors import StoreError
 from tuner_core.model import Record, RecordKey, Workload
 from tuner_core.proto.tuner.v1 import records_pb2, records_pb2_grpc
 from tuner_core.store import wire
 from tuner_core.store.interface import CommitResult, Page, RecordFilter, RecordStore
 from tuner_core.store.paging import MAX_LIMIT, check_query
 from tuner_core.store.validation import check_record, check_workload
+from tuner_core.transport.channel import call
 
-ERROR_TRAILER = "tuner-error"
 _MESSAGE_BYTES = 16 << 20
-
-
-def error_of(rpc_error: grpc.RpcError) -> TunerError:
-    """The product's error for a failed call: the class that the server raised where it says so."""
-    call: Any = rpc_error  # what a stub raises is also a grpc.Call
-    code, details = call.code().name, call.details() or ""
-    trailers = call.trailing_metadata() or ()
-    name = next((str(value) for key, value in trailers if key == ERROR_TRAILER), "")
-    if code == "UNIMPLEMENTED":
-        return TunerError("the server at this address has no record service; check the address and its version")
-    return from_status(code, " ".join(details.split()), name)
 
 
 class RemoteStore(RecordStore):
@@ -37,15 +26,17 @@ class RemoteStore(RecordStore):
     Args:
         channel: An open channel; it stays the caller's, :meth:`close` leaves it open.
         timeout_s: Deadline of each call.
+        address: Where the channel leads, for the text of errors.
 
     Raises (any method, besides the interface's):
         UnavailableError: The server cannot be reached.
         DeadlineError: No answer within ``timeout_s``.
     """
 
-    def __init__(self, channel: grpc.Channel, timeout_s: float = 60.0) -> None:
+    def __init__(self, channel: grpc.Channel, timeout_s: float = 60.0, address: str = "the given address") -> None:
         self._stub = records_pb2_grpc.RecordServiceStub(channel)
         self._timeout_s = timeout_s
+        self._address = address
         self._closed = False
 
     def commit(self, records: Sequence[Record], workloads: Iterable[Workload] = ()) -> CommitResult:
@@ -120,10 +111,7 @@ class RemoteStore(RecordStore):
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         if self._closed:
             raise StoreError("the connection to the store is closed")
-        try:
-            return method(request, timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+        return call(method, request, address=self._address, timeout_s=self._timeout_s)
 
 
 def _requests(records: Sequence[Record], workloads: Sequence[Workload]) -> Iterator[records_pb2.CommitRecordsRequest]:
