@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class MeasureRequest:
 
     artifact: Path
     args_info: ArgsInfo
-    evaluator: EvaluatorSettings = EvaluatorSettings()
+    evaluator: EvaluatorSettings = field(default_factory=EvaluatorSettings)
     timeout_s: float = 10.0
     give_up_above_us: float | None = None
     sm_percent: int | None = None
@@ -73,7 +73,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """Whether an artifact computes what it should. ``max_error`` is relative to the output's scale, None if not finite."""
+    """Whether an artifact computes what it should. ``max_error`` is relative to the output's scale, None: not finite."""
 
     verdict: Verdict
     max_error: float | None = None

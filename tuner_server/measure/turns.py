@@ -1,11 +1,11 @@
-"""Whose turn it is: hands idle workers to those who wait, first come first served, and the whole device to one alone."""
+"""Whose turn it is: idle workers for those who wait, first come first served, and the whole device for one alone."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 S = TypeVar("S")
@@ -17,20 +17,24 @@ class _Waiter(Generic[S]):
     accepts: Callable[[S], bool] | None = None  # None: waits to be alone
 
 
-@dataclass(eq=False)
 class Turns(Generic[S]):
     """Idle slots and the queue for them.
 
-    A turn alone begins when every slot that was handed out has come back, and who came after it waits behind it: neither
-    kind of turn starves the other. Every wait may be cancelled.
+    A turn alone begins when every slot that was handed out has come back, and who came after it waits behind it:
+    neither kind of turn starves the other. Every wait may be cancelled.
+
+    Args:
+        ready: Whether a slot can be handed out.
     """
 
-    _idle: list[S] = field(default_factory=list)
-    _queue: deque[_Waiter[S]] = field(default_factory=deque)
-    _queue_alone: deque[_Waiter[S]] = field(default_factory=deque)
-    _busy: int = 0
-    _alone: bool = False
-    _error: Exception | None = None
+    def __init__(self, ready: Callable[[S], bool]) -> None:
+        self._ready = ready
+        self._idle: list[S] = []
+        self._out: list[S] = []
+        self._queue: deque[_Waiter[S]] = deque()
+        self._queue_alone: deque[_Waiter[S]] = deque()
+        self._alone = False
+        self._error: Exception | None = None
 
     @property
     def alone(self) -> bool:
@@ -38,9 +42,10 @@ class Turns(Generic[S]):
         return self._alone
 
     def offer(self, slot: S) -> None:
-        """A slot is ready to be handed out."""
+        """A slot is ready to be handed out (once more)."""
         self._error = None
-        self._idle.append(slot)
+        if slot not in self._idle and slot not in self._out:
+            self._idle.append(slot)
         self._dispatch()
 
     def withdraw(self, slot: S) -> None:
@@ -48,15 +53,10 @@ class Turns(Generic[S]):
         if slot in self._idle:
             self._idle.remove(slot)
 
-    def give(self, slot: S, *, ready: bool) -> None:
-        """A slot that was taken comes back.
-
-        Args:
-            slot: The slot.
-            ready: False when it is to be repaired first; :meth:`offer` it then.
-        """
-        self._busy -= 1
-        if ready:
+    def give(self, slot: S) -> None:
+        """A slot that was taken comes back; when it is not ready now, :meth:`offer` it later."""
+        self._out.remove(slot)
+        if self._ready(slot):
             self._idle.append(slot)
         self._dispatch()
 
@@ -119,7 +119,7 @@ class Turns(Generic[S]):
                 if slot is None:
                     self.end_alone()
                 else:
-                    self.give(slot, ready=True)
+                    self.give(slot)
             raise
 
     def _dispatch(self) -> None:
@@ -127,7 +127,9 @@ class Turns(Generic[S]):
             self._hand_out(self._queue_alone)
             return
         self._hand_out(self._queue)
-        if self._queue and self._queue[0].accepts is None and self._busy == 0:
+        while self._queue and self._queue[0].granted.done():  # cancelled, its task has not run yet
+            self._queue.popleft()
+        if self._queue and self._queue[0].accepts is None and not self._out:
             self._alone = True
             self._queue.popleft().granted.set_result(None)
 
@@ -135,12 +137,14 @@ class Turns(Generic[S]):
         """Idle slots to those who wait for one, in order, up to the first that waits to be alone."""
         served: list[_Waiter[S]] = []
         for waiter in queue:
+            if waiter.granted.done():
+                continue
             if not self._idle or waiter.accepts is None:
                 break
             slot = next((slot for slot in self._idle if waiter.accepts(slot)), None)
             if slot is not None:
                 self._idle.remove(slot)
-                self._busy += 1
+                self._out.append(slot)
                 waiter.granted.set_result(slot)
                 served.append(waiter)
         for waiter in served:
