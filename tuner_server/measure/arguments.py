@@ -34,7 +34,7 @@ def plan_arguments(mod: Any) -> ArgumentPlan:
     from tvm import ir, tirx
 
     function = mod["main"]
-    buffers = [function.buffer_map[param] for param in function.params]
+    buffers = list(function.params)  # in this TVM a parameter is its buffer
     loads: list[Any] = []
     stores: list[Any] = []
     tvm_ffi.structural_walk(function.body, [(ir.TensorLoad, loads.append), (tirx.BufferStore, stores.append)])
