@@ -70,14 +70,17 @@ def open_nvrtc() -> ctypes.CDLL:
 def include_dirs() -> tuple[Path, ...]:
     """Directories with the CUDA headers (``cuda_fp16.h``) and CCCL (``nv/target``, ``cuda/std``); may be empty.
 
-    All come from one installation: headers of two versions do not mix.
+    All come from one installation, since headers of two versions do not mix: the first that is complete. PyPI's
+    ``nvidia-cuda-runtime`` alone is not.
     """
+    found = []
     for root in _packaged_roots() + _system_roots():
         include = root / "include"
         if (include / "cuda_fp16.h").is_file():
-            cccl = include / "cccl"
-            return (include, cccl) if cccl.is_dir() else (include,)
-    return ()
+            cccl = [place for place in (include / "cccl", include) if (place / "nv" / "target").is_file()]
+            complete = bool(cccl) and (include / "crt" / "host_defines.h").is_file()
+            found.append((not complete, (include, *(place for place in cccl if place != include))))
+    return min(found, key=lambda entry: entry[0])[1] if found else ()
 
 
 def driver_present() -> bool:
