@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def ids(records: list[Record] | tuple[Record, ...]) -> list[str]:
     return [record.trial_id for record in records]
 
 
-def all_pages(store: RecordStore, where: RecordFilter, limit: int, **options: object) -> list[Record]:
+def all_pages(store: RecordStore, where: RecordFilter, limit: int, **options: Any) -> list[Record]:
     found: list[Record] = []
     cursor = None
     while True:
@@ -120,7 +121,7 @@ class TestCommit:
         ],
     )
     def test_a_record_that_lies_about_itself_is_refused(
-        self, store: RecordStore, changes: dict[str, object], says: str
+        self, store: RecordStore, changes: dict[str, Any], says: str
     ) -> None:
         record = dataclasses.replace(make_record(MATMUL), **changes)
         with pytest.raises(InvalidRecordError, match=says):
@@ -382,7 +383,14 @@ class TestQuery:
 
     def test_bad_arguments_are_usage_errors(self, store: RecordStore) -> None:
         self.fill(store)
-        for bad in ({"limit": 0}, {"limit": 10_001}, {"order": "random"}, {"cursor": "rubbish"}, {"top_per_key": -1}):
+        bad_arguments: list[dict[str, Any]] = [
+            {"limit": 0},
+            {"limit": 10_001},
+            {"order": "random"},
+            {"cursor": "rubbish"},
+            {"top_per_key": -1},
+        ]
+        for bad in bad_arguments:
             with pytest.raises(UsageError):
                 store.query(RecordFilter(), **bad)
         cursor = store.query(RecordFilter(), limit=1).next_cursor

@@ -114,6 +114,8 @@ def translate(error: grpc.RpcError, address: str, timeout_s: float | None) -> Tu
     """The product's exception, with one line of text, for what gRPC raised."""
     code: grpc.StatusCode = error.code()
     details = " ".join((error.details() or "").split())
+    if name := _error_name(error):  # the server was reached, and says itself what is wrong
+        return from_status(code.name, details, name)
     if code == grpc.StatusCode.UNAVAILABLE:
         return UnavailableError(f"cannot reach a tuner-server at {address}: {_why_unreachable(details)}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -129,7 +131,7 @@ def translate(error: grpc.RpcError, address: str, timeout_s: float | None) -> Tu
         return UnavailableError(f"the server at {address} ended the call")
     if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and not details:
         return TunerError(f"the server at {address} failed without saying why; see its log")
-    return from_status(code.name, details, _error_name(error))
+    return from_status(code.name, details)
 
 
 def _error_name(error: grpc.RpcError) -> str:
