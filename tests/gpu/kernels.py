@@ -1,21 +1,20 @@
-"""Kernels for tests on a GPU: one that is right, and one for each way to misbehave. They build without a GPU.
+"""Kernels for tests of measurement on a GPU: one that is right, and one for each way to misbehave.
 
-Each has arguments A and B of ``SIZE`` float32 values, so that all of them share a worker's buffers.
+Each has arguments A and B of ``SIZE`` float32 values, so that all of them share a worker's buffers. They build without a
+GPU, and for a CPU as well, on which the tests' own logic can be rehearsed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tuner_core.compiler.tvm_setup import load_tvm
 
 load_tvm(intrinsics=True)
 
 import tvm
-from tvm.script import tirx as T
+import tvm.script
 from tvm.target import Target
 
 from tuner_core.model import EvaluatorSettings
@@ -24,86 +23,57 @@ from tuner_server.measure.requests import MeasureRequest
 
 SIZE = 1 << 20
 ARGS_INFO = (("TENSOR", "float32", (SIZE,)),) * 2
-TARGET = json.dumps({"kind": "cuda", "arch": "sm_90", "max_threads_per_block": 1024,
-                     "max_shared_memory_per_block": 49152, "thread_warp_size": 32})  # fmt: skip
+H200_TARGET = json.dumps({"kind": "cuda", "arch": "sm_90", "max_threads_per_block": 1024,
+                          "max_shared_memory_per_block": 49152, "thread_warp_size": 32})  # fmt: skip
+
+_WARP = """
+    for block in BLOCKS(1):
+        for thread in THREADS(32):
+"""
+BODIES = {
+    # B = A + 1
+    "good": f"""
+    for block in BLOCKS({SIZE // 256}):
+        for thread in THREADS(256):
+            B[block * 256 + thread] = A[block * 256 + thread] + T.float32(1)
+""",
+    # something to be in the middle of
+    "slow": _WARP
+    + """
+            for step in T.serial(T.int64(1 << 22)):
+                B[thread] = B[thread] * A[thread] + A[thread + 32]
+""",
+    # the same for hours
+    "endless": _WARP
+    + """
+            for step in T.serial(T.int64(1 << 40)):
+                B[thread] = B[thread] * A[thread] + A[thread + 32]
+""",
+    # reads terabytes beyond its argument
+    "illegal": _WARP
+    + """
+            B[thread] = A[T.Cast("int64", thread) + T.int64(1 << 42)]
+""",
+    # needs 2 TB of device memory for an intermediate
+    "greedy": """
+    huge = T.alloc_buffer((T.int64(1 << 39),), "float32")
+    for block in BLOCKS(1):
+        for thread in THREADS(32):
+            huge[T.Cast("int64", thread)] = A[thread]
+    for block in BLOCKS(1):
+        for thread in THREADS(32):
+            B[thread] = huge[T.Cast("int64", thread)]
+""",
+}
+_HEAD = f"""
+@T.prim_func
+def main(A: T.Buffer(({SIZE},), "float32"), B: T.Buffer(({SIZE},), "float32")):
+    T.func_attr({{"global_symbol": "main", "tirx.noalias": True}})
+"""
 
 
-def good() -> Any:
-    """B = A + 1."""
-
-    @T.prim_func
-    def main(A: T.Buffer((SIZE,), "float32"), B: T.Buffer((SIZE,), "float32")):
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        for block in T.thread_binding(SIZE // 256, thread="blockIdx.x"):
-            for thread in T.thread_binding(256, thread="threadIdx.x"):
-                B[block * 256 + thread] = A[block * 256 + thread] + T.float32(1)
-
-    return main
-
-
-def slow() -> Any:
-    """About a tenth of a second on one SM: something to be in the middle of."""
-
-    @T.prim_func
-    def main(A: T.Buffer((SIZE,), "float32"), B: T.Buffer((SIZE,), "float32")):
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        for _block in T.thread_binding(1, thread="blockIdx.x"):
-            for thread in T.thread_binding(32, thread="threadIdx.x"):
-                for _step in range(1 << 20):
-                    B[thread] = B[thread] * A[thread] + A[thread + 32]
-
-    return main
-
-
-def endless() -> Any:
-    """The same for hours."""
-
-    @T.prim_func
-    def main(A: T.Buffer((SIZE,), "float32"), B: T.Buffer((SIZE,), "float32")):
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        for _block in T.thread_binding(1, thread="blockIdx.x"):
-            for thread in T.thread_binding(32, thread="threadIdx.x"):
-                for _step in T.serial(T.int64(1 << 40)):
-                    B[thread] = B[thread] * A[thread] + A[thread + 32]
-
-    return main
-
-
-def illegal() -> Any:
-    """Reads terabytes beyond its argument."""
-
-    @T.prim_func
-    def main(A: T.Buffer((SIZE,), "float32"), B: T.Buffer((SIZE,), "float32")):
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        for _block in T.thread_binding(1, thread="blockIdx.x"):
-            for thread in T.thread_binding(32, thread="threadIdx.x"):
-                B[thread] = A[T.Cast("int64", thread) + T.int64(1 << 42)]
-
-    return main
-
-
-def greedy() -> Any:
-    """Needs 2 TB of device memory for an intermediate."""
-
-    @T.prim_func
-    def main(A: T.Buffer((SIZE,), "float32"), B: T.Buffer((SIZE,), "float32")):
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        huge = T.alloc_buffer((T.int64(1 << 39),), "float32")
-        for _block in T.thread_binding(1, thread="blockIdx.x"):
-            for thread in T.thread_binding(32, thread="threadIdx.x"):
-                huge[T.Cast("int64", thread)] = A[thread]
-        for _block in T.thread_binding(1, thread="blockIdx.x"):
-            for thread in T.thread_binding(32, thread="threadIdx.x"):
-                B[thread] = huge[T.Cast("int64", thread)]
-
-    return main
-
-
-KERNELS: dict[str, Callable[[], Any]] = {"good": good, "slow": slow, "endless": endless, "illegal": illegal, "greedy": greedy}
-
-
-def build(name: str, directory: Path, target_json: str = TARGET) -> Path:
-    """Build one of :data:`KERNELS`.
+def build(name: str, directory: Path, target_json: str = H200_TARGET) -> Path:
+    """Build one of :data:`BODIES`.
 
     Args:
         name: Its name.
@@ -111,9 +81,16 @@ def build(name: str, directory: Path, target_json: str = TARGET) -> Path:
         target_json: What to build for.
     """
     target = Target(json.loads(target_json))
+    body = BODIES[name]
+    for mark, axis in (("BLOCKS(", "blockIdx.x"), ("THREADS(", "threadIdx.x")):
+        while (at := body.find(mark)) >= 0:
+            extent = body[at + len(mark) : body.index(")", at)]
+            loop = f'T.thread_binding({extent}, thread="{axis}")' if target.kind.name == "cuda" else f"T.serial({extent})"
+            body = body[:at] + loop + body[body.index(")", at) + 1 :]
+    function = tvm.script.from_source(_HEAD.lstrip() + body)
     prepare_for_target(target)
     out = directory / f"{name}.so"
-    compile_module(tvm.IRModule({"main": KERNELS[name]()}), target, out)
+    compile_module(tvm.IRModule({"main": function}), target, out)
     return out
 
 

@@ -141,7 +141,8 @@ def test_a_killed_servers_daemon_is_cleared_away_and_no_other(gpu: str, director
 def test_a_dead_daemon_is_noticed_and_revived(gpu: str, directory: Path) -> None:
     async def body() -> None:
         died = asyncio.Event()
-        async with running(gpu, directory, on_death=died.set) as daemon:
+        async with running(gpu, directory) as daemon:
+            daemon.on_death = died.set
             worker = client(daemon)
             first = daemon.pid
             assert first is not None

@@ -133,6 +133,7 @@ class ChildOfTheServer:
         )
         assert self.process.stdout is not None and self.process.stdout.readline() == "attached\n"
         self.pid = self.process.pid
+        self.exited = asyncio.ensure_future(asyncio.to_thread(self.process.wait))
 
     @property
     def alive(self) -> bool:

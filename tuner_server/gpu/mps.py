@@ -87,12 +87,12 @@ class MpsDaemon:
         control: Path of the control program.
         external: Use the daemon that the operator runs (at CUDA_MPS_PIPE_DIRECTORY or the default place): it is neither
             started, stopped nor cleaned up.
-        on_death: Called in the event loop when the daemon is found dead; nothing is restarted until :meth:`revive`.
         watch_interval_s: Seconds between looks at the daemon's process.
 
     Attributes:
         pipe_directory: CUDA_MPS_PIPE_DIRECTORY of its clients.
         log_directory: CUDA_MPS_LOG_DIRECTORY of its clients.
+        on_death: Called in the event loop when the daemon is found dead; nothing is restarted until :meth:`revive`.
     """
 
     def __init__(
@@ -102,7 +102,6 @@ class MpsDaemon:
         *,
         control: str,
         external: bool = False,
-        on_death: Callable[[], None] | None = None,
         watch_interval_s: float = 0.5,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -112,7 +111,7 @@ class MpsDaemon:
         self._base_env = dict(environment)
         self._base_env.pop("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", None)  # a daemon's would cap all of its clients
         self._control = control
-        self._on_death = on_death
+        self.on_death: Callable[[], None] | None = None
         self._watch_interval_s = watch_interval_s
         self._lock: GpuLock | None = None
         self._changing = asyncio.Lock()
@@ -284,8 +283,8 @@ class MpsDaemon:
                 if process is self._process:
                     for left in await asyncio.to_thread(self._remaining):
                         left.signal(signal.SIGKILL)
-            if self._on_death is not None:
-                self._on_death()
+            if self.on_death is not None:
+                self.on_death()
 
     # Commands
 

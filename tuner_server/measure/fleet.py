@@ -112,6 +112,7 @@ class WorkerFleet:
         self._stopping = False
         self._turns = Turns(lambda slot: slot.ready)
         self._slots = [WorkerSlot(partition) for partition in partitions]
+        self._provider.watch(self._device_lost)
         started = await asyncio.gather(*(self._fill(slot) for slot in self._slots), return_exceptions=True)
         errors = [outcome for outcome in started if isinstance(outcome, BaseException)]
         if errors:
@@ -121,6 +122,7 @@ class WorkerFleet:
     async def stop(self) -> None:
         """End every worker. Requests that wait or run fail."""
         self._stopping = True
+        self._provider.watch(None)
         self._turns.fail(ConflictError("the measurement workers are being stopped"))
         for repair in self._repairs:
             repair.cancel()
@@ -352,6 +354,10 @@ class WorkerFleet:
         self._repair(slot)
         if self._provider.faults_spread:
             self._void_all()
+
+    def _device_lost(self) -> None:
+        log.warning("all measurement workers of %s are lost; starting them again", self._provider.device.model)
+        self._void_all()
 
     def _void_all(self) -> None:
         for activity in self._running | self._settling:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tuner_core.errors import TunerError, UsageError
@@ -115,6 +115,9 @@ class CpuPartitions:
                 raise TunerError(f"cannot ask LLVM about this processor: {error}") from None
             self._targets[cores] = answer["target"]
         return self._targets[cores]
+
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        """Nothing to watch: workers end one by one."""
 
     async def prepare_worker(self, partition: Partition) -> None:
         """Nothing to do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
@@ -118,6 +118,9 @@ class ExclusivePartitions:
         self.plan(sm_percent)
         assert self._facts is not None
         return cuda_target_json(self._facts)
+
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        """Nothing to watch: there is one worker."""
 
     async def prepare_worker(self, partition: Partition) -> None:
         """Nothing to do: the driver is always there."""

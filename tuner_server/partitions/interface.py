@@ -6,7 +6,7 @@ One provider stands for one device. A new kind of share is one new file beside t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,6 +74,13 @@ class PartitionProvider(Protocol):
 
     async def stop(self) -> None:
         """Undo :meth:`start`. Every worker has been stopped before. May be called without a start."""
+        ...
+
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        """Have ``on_lost`` called in the event loop when the device has lost all of its workers at once.
+
+        That is when a control daemon has died: a worker may then hang instead of failing. None: call nothing any more.
+        """
         ...
 
     def plan(self, sm_percent: int, workers: int | None = None) -> list[Partition]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
@@ -29,6 +30,7 @@ MAX_CLIENTS = 48  # per device, up to CUDA 13.0 (https://docs.nvidia.com/deploy/
 _PROBED_SHARES = (10, 25, 50)
 _MEMORY_SHARE = 0.9  # of the device's memory, for the workers together
 _EXIT_GRACE_S = 1.0
+_CONFIRM_S = 0.5
 
 
 class MpsPartitions:
@@ -202,6 +204,10 @@ class MpsPartitions:
 
     # Workers
 
+    def watch(self, on_lost: Callable[[], None] | None) -> None:
+        """Call this when the daemon has died."""
+        self.daemon.on_death = on_lost
+
     async def prepare_worker(self, partition: Partition) -> None:
         """Have a daemon that answers, started again if it has died.
 
@@ -218,6 +224,12 @@ class MpsPartitions:
         """
         if not child.alive:
             return False  # how it ended, and in the middle of what, is unknown
-        clean = await self.daemon.terminate_client(child.pid)
+        terminating = asyncio.ensure_future(self.daemon.terminate_client(child.pid))
+        waited: set[asyncio.Future[Any]] = {terminating, child.exited}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({terminating}, timeout=_CONFIRM_S if child.exited.done() else None)
         await child.close(_EXIT_GRACE_S)
-        return clean
+        if terminating.done():
+            return terminating.result()
+        terminating.cancel()  # it ended by itself, and after a fault the daemon may never answer
+        return False
