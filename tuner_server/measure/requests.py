@@ -73,7 +73,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """Whether an artifact computes what it should. ``max_error`` is relative to the output's scale, None: not finite."""
+    """Whether an artifact computes what it should.
+
+    Attributes:
+        verdict: The verdict.
+        max_error: Relative to the scale of the output; None when not finite.
+        message: For people; empty on ``ok``.
+    """
 
     verdict: Verdict
     max_error: float | None = None

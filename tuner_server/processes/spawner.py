@@ -107,7 +107,7 @@ class Child:
         """
         async with self._lock:
             if not self.alive or self._abandoned:
-                raise ChildDied(self.name, await self._exit_code())
+                raise ChildDied(self.name, self.exited.result() if self.exited.done() else None)
             message = frames.encode({"id": next(self._ids), "op": op, "args": dict(args)})
             exchange = asyncio.ensure_future(self._exchange(message))
             try:
@@ -232,7 +232,7 @@ class Spawner:
             if zygote is not None:
                 if not zygote.ended and zygote.process.poll() is None:
                     return zygote
-                await zygote.reading
+                await asyncio.shield(zygote.reading)
                 log.warning("the process that loads TVM ended (%s); starting it again", zygote.outcome)
             self._zygote = None
             self._zygote = await self._launch()
@@ -253,9 +253,8 @@ class Spawner:
             await asyncio.shield(asyncio.to_thread(process.wait))
             raise
         if hello is None:
-            process.kill()
             writer.close()
-            code = await asyncio.to_thread(process.wait)
+            code = await asyncio.to_thread(_end, process)
             raise TunerError(
                 f"the process that loads TVM failed to start ({describe_exit(code)}: {_last_line(log_path)}); see "
                 f"{log_path} and check that the pinned apache-tvm and apache-tvm-ffi are installed"
@@ -311,10 +310,9 @@ class Spawner:
             on_exit: Called in the event loop when the child has ended.
 
         Raises:
-            ChildDied: The prefork process ended.
+            ChildDied: The prefork process ended, and so did its successor.
             TunerError: It could not be started again.
         """
-        zygote = await self._running()
         request = {
             "token": next(self._tokens),
             "role": role,
@@ -327,7 +325,12 @@ class Spawner:
         }
         ours, theirs = socket.socketpair()
         try:
-            pid = await zygote.fork(request, theirs)
+            zygote = await self._running()
+            try:
+                pid = await zygote.fork(request, theirs)
+            except ChildDied:  # it had died before, unnoticed
+                zygote = await self._running()
+                pid = await zygote.fork(request, theirs)
         except BaseException:
             ours.close()
             raise
@@ -444,11 +447,17 @@ class _Zygote:
         """Close every child, then the process."""
         await asyncio.gather(*(child.close() for child in list(self._children.values())))
         self._writer.close()
-        try:
-            await asyncio.to_thread(self.process.wait, 5.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        await asyncio.to_thread(_end, self.process)
         await self.reading
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Its own exit code if it is about to exit, else that of a kill."""
+    try:
+        return process.wait(5.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _last_line(path: Path) -> str:
