@@ -14,7 +14,7 @@ from tuner_core.store.sqlite.failures import explain, explained
 
 _BUSY_TIMEOUT_MS = 30_000
 _IDLE_READERS = 8
-_CACHE_KIB = 8_192
+_CACHE_KIB = 4_096
 
 T = TypeVar("T")
 
