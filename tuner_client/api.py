@@ -296,9 +296,7 @@ class Client:
     def _import(self, path: Path, input_shapes: Mapping[str, tuple[int, ...]]) -> ImportedModel:
         with self._progress.step(f"importing {path.name}"), self._quiet():
             from tuner_client.model.load import load_model
-            from tuner_core.compiler.tvm_setup import load_tvm
 
-            load_tvm()
             return load_model(path, input_shapes)
 
     def _prepare(self, imported: ImportedModel, target_json: str) -> Prepared:
@@ -382,10 +380,9 @@ class Client:
         from tuner_core.proto.tuner.v1 import host_pb2
 
         request = host_pb2.GetHostRequest(sm_percent=sm_percent or 0)
+        connection = self.connection
         with self._progress.step("asking the server for its target"):
-            response: host_pb2.GetHostResponse = self.connection.call(
-                self.connection.host.GetHost, request, HOST_TIMEOUT_S
-            )
+            response: host_pb2.GetHostResponse = connection.call(connection.host.GetHost, request, HOST_TIMEOUT_S)
         return response
 
     def drain(self) -> list[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner_client.job import JobReport
 from tuner_core.errors import ConflictError, ModelError, TunerError
-from tuner_core.model import RecordKey, target_digest
+from tuner_core.model import Origin, RecordKey, target_digest
 from tuner_core.store.interface import RecordStore
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class BuildReport:
         fallback: Operators that run the fallback schedule.
         verified: How many of the tuned ones run a verified record.
         missing: Operators worth tuning that have no record.
+        invalid: Operators whose record did not apply, with the reason; they run the fallback schedule.
         calls, tuned_calls: The same counted by how often the model calls them.
     """
 
@@ -40,6 +41,7 @@ class BuildReport:
     calls: int
     tuned_calls: int
     missing: tuple[str, ...] = ()
+    invalid: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def operators(self) -> int:
@@ -65,6 +67,7 @@ class BuildReport:
             "tuned_operators": list(self.tuned),
             "fallback_operators": list(self.fallback),
             "missing": list(self.missing),
+            "invalid": dict(self.invalid),
         }
 
     def document(self) -> dict[str, Any]:
@@ -97,10 +100,10 @@ def choose_by_key(
     missing = []
     for task in prepared.tasks:
         found = store.top(RecordKey(task.workload.digest, digest, device_model, sm_count))
-        if found:
+        if found and found[0].origin is not Origin.FALLBACK:  # the build has the fallback schedule itself
             traces[task.workload.digest] = found[0].trace
             verified += found[0].verified
-        elif task.tunable:
+        elif not found and task.tunable:
             missing.append(task.workload.description)
     return Chosen(traces, verified, tuple(missing))
 
@@ -125,13 +128,10 @@ def choose_for_job(prepared: Prepared, store: RecordStore, report: JobReport, ta
     verified = by_key.verified
     for task in report.tasks:
         record = store.get(task.best_trial_id) if task.best_trial_id and task.workload not in traces else None
-        if record is not None and record.valid:
+        if record is not None and record.valid and record.origin is not Origin.FALLBACK:
             traces[task.workload] = record.trace
             verified += record.verified
-    missing = tuple(
-        task.workload.description for task in prepared.tasks if task.tunable and task.workload.digest not in traces
-    )
-    return Chosen(traces, verified, missing)
+    return Chosen(traces, verified, by_key.missing)
 
 
 def build_model(
@@ -177,4 +177,5 @@ def build_model(
         calls=coverage.total_calls,
         tuned_calls=coverage.tuned_calls,
         missing=chosen.missing,
+        invalid=dict(coverage.invalid),
     )

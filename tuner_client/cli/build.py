@@ -46,5 +46,7 @@ def build_command(
     session.show(f"built {report.output}: {report.line()}, for {report.device_model} at {sm_percent} %")
     for name in report.missing:
         session.show(f"  no record: {name}")
+    for name, reason in report.invalid.items():
+        session.show(f"  its record does not apply: {name}: {reason}")
     if report.missing:
         session.show(f"tune them with: tuner-client tune {model} --sm-percent {sm_percent}")

@@ -138,7 +138,9 @@ def summary(report: JobReport) -> Text:
     text = Text()
     text.append(f"{report.model or report.job}: ", style="bold")
     text.append(report.status, style=_JOB_STYLES.get(report.status, "bold"))
-    if report.error:
+    if report.error and report.status in (JobState.DONE, JobState.PARTLY):
+        text.append(f"\nnote: {report.error}")
+    elif report.error:
         text.append(f": {report.error}")
     states = [f"{report.count(state)} {state.value}" for state in TaskState if state.final and report.count(state)]
     operators = units.count(len(report.tasks), "operator")
@@ -172,8 +174,3 @@ def where(report: JobReport) -> str:
     if share and report.sm_count:
         share += f" ({report.sm_count} {cores[:-1] if report.sm_count == 1 else cores})"
     return " · ".join(part for part in (report.job, report.device_model, share) if part)
-
-
-def is_over(report: JobReport) -> bool:
-    """Whether there is a result to show."""
-    return report.status in (JobState.DONE, JobState.PARTLY, JobState.FAILED, JobState.CANCELLED, JobState.STOPPED)
