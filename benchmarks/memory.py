@@ -25,7 +25,7 @@ from tasks import MODEL, extract, light_model
 
 from tuner_client import Client
 from tuner_core.proto.tuner.v1 import tuning_pb2
-from tuner_core.store.wire import workload_to_proto
+from tuner_core.store.wire import workload_to_message
 
 SERVER_ARGUMENTS = ("--sm-percent", "50", "--workers", "2")
 SETTLE_S = 3.0
@@ -122,7 +122,7 @@ def main() -> None:
             model="replayed",
             tasks=[
                 tuning_pb2.TaskSpec(
-                    name=task.name, workload=workload_to_proto(task.workload), weight=task.weight, tunable=True
+                    name=task.name, workload=workload_to_message(task.workload), weight=task.weight, tunable=True
                 )
                 for task in chosen
             ],

@@ -21,7 +21,7 @@ from tuner_client.job import JobReport
 from tuner_client.model.prepare import ExtractedTask
 from tuner_core.model import EvaluatorSettings, Origin, Record
 from tuner_core.proto.tuner.v1 import host_pb2, tuning_pb2
-from tuner_core.store.wire import workload_to_proto
+from tuner_core.store.wire import workload_to_message
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
@@ -140,11 +140,12 @@ def tune_with_service(
             model="benchmark",
             tasks=[
                 tuning_pb2.TaskSpec(
-                    name=task.name, workload=workload_to_proto(task.workload), weight=task.weight, tunable=True
+                    name=task.name, workload=workload_to_message(task.workload), weight=task.weight, tunable=True
                 )
                 for task in tasks
             ],
             target_json=target_json,
+            sm_percent=client.host().workers[0].sm_percent,
             trials=trials,
             seed=seed,
             request_id=uuid.uuid4().hex,
