@@ -96,7 +96,7 @@ def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) ->
 @click.option("--debug", is_flag=True, help="Verbose log, tracebacks.")
 @click.version_option(__version__, prog_name="tuner-server")
 @click.pass_context
-def cli(context: click.Context, **options: Any) -> None:
+def cli(context: click.Context, /, **options: Any) -> None:
     """Measure candidates for tuner-client on this host's GPUs, or on its CPU."""
     logging.basicConfig(
         level=logging.DEBUG if options["debug"] else logging.INFO,

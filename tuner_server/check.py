@@ -12,7 +12,7 @@ from tuner_core.model import EvaluatorSettings, Workload
 from tuner_core.store.open import open_store
 from tuner_server.config import ServerConfig
 from tuner_server.engine import Engine
-from tuner_server.measure.fleet import MeasureRequest
+from tuner_server.measure.requests import MeasureRequest
 from tuner_server.trial import TrialFailed
 
 
@@ -58,9 +58,11 @@ async def run_checks(config: ServerConfig) -> list[Finding]:
         )
         findings.append(Finding("tvm", True, f"apache-tvm {engine.tvm_version} loads"))
         findings.append(
-            Finding("device", True, f"{device.model} ({device.arch}), {device.sm_count} {unit}{versions}, {device.uuid}")
+            Finding(
+                "device", True, f"{device.model} ({device.arch}), {device.sm_count} {unit}{versions}, {device.uuid}"
+            )
         )
-        findings.extend(Finding("device", True, note) for note in engine.provider_notes())
+        findings.extend(Finding("device", True, note) for note in engine.notes)
         findings.append(Finding("partitions", True, ", ".join(str(kind) for kind in engine.partition_kinds)))
         findings.append(Finding("target", True, engine.target_json))
         for worker in engine.workers():

@@ -13,13 +13,15 @@ from tuner_core.errors import ConflictError
 from tuner_core.model import DeviceInfo, PartitionKind, Workload, target_digest
 from tuner_server.build.pool import Artifact, BuildPool
 from tuner_server.config import ServerConfig
-from tuner_server.measure.fleet import CheckOutcome, WorkerFleet, WorkerSnapshot
+from tuner_server.measure.fleet import WorkerFleet
 from tuner_server.measure.gate import CoreGate
+from tuner_server.measure.requests import CheckOutcome, WorkerSnapshot
 from tuner_server.partitions.interface import Partition, PartitionProvider
 from tuner_server.partitions.select import select_provider
 from tuner_server.processes.spawner import Spawner
 from tuner_server.scheduler.machine import Limits
-from tuner_server.search.pool import SearchPool, SearchSettings
+from tuner_server.search.messages import SearchSettings
+from tuner_server.search.pool import SearchPool
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Engine:
         self.evaluator = config.evaluator
         self.run_timeout_s = config.run_timeout_s
         self.limits = Limits()
+        self.notes: tuple[str, ...] = ()
         self.target_json = ""
         self.target_digest = ""
         self.sm_count = 0
@@ -135,7 +138,11 @@ class Engine:
             self._scratch = Path(tempfile.mkdtemp(prefix="tuner-", dir=_scratch_root()))
             self._spawner = Spawner(config.data_dir / "logs")
             await self._spawner.start()
-            self._provider = await select_provider(config, self._spawner)
+            self._provider, self.notes = await select_provider(
+                config.device, config.data_dir, self._spawner, mps=config.mps, oversubscribe=config.oversubscribe
+            )
+            for note in self.notes:
+                log.info("%s", note)
             await self._provider.start()
             await self._partition(self.default_share)
             self._started = True
@@ -190,7 +197,7 @@ class Engine:
         self.target_digest = target_digest(self.target_json)
         self.sm_count = self._fleet.workers()[0].sm_count_seen
         batch = self._config.batch or (16 if self.device.kind == "cpu" else 32)
-        self.limits = Limits(batch=batch, tasks_at_once=search_processes + 1)
+        self.limits = Limits(batch=batch, batches_at_once=2 * (search_processes + 1))
 
     async def check(
         self, artifact: Artifact, workload: Workload, reference: Path | None, fallback: Artifact | None
@@ -203,7 +210,8 @@ class Engine:
             reference: Inputs and outputs of the unscheduled build; None when that took too long.
             fallback: The fallback schedule's artifact, the second-best reference; None when it is what is compared.
         """
-        return await self.fleet.check(artifact.path, workload.args_info, reference, fallback and fallback.path)
+        second = fallback.path if fallback is not None else None
+        return await self.fleet.check(artifact.path, workload.args_info, reference, second)
 
     async def _stop_pools(self) -> None:
         for part in (self._fleet, self._search, self._build):

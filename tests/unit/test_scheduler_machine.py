@@ -30,7 +30,7 @@ class SimulatedEngine:
         self.said: list[str] = []
         self.finish: m.Finish | None = None
         self.most_batches: Counter[int] = Counter()
-        self.most_active = 0
+        self.most_in_all = 0
         self.space: Mapping[int, int] = {}
         self.failing: set[int] = set()
         self.wrong: set[str] = set()
@@ -64,11 +64,9 @@ class SimulatedEngine:
                     pass
                 case _:
                     self.pending.append(instruction)
-        active = 0
         for index, task in enumerate(self.machine.tasks):
             self.most_batches[index] = max(self.most_batches[index], len(task.batches))
-            active += bool(task.batches)
-        self.most_active = max(self.most_active, active)
+        self.most_in_all = max(self.most_in_all, sum(len(task.batches) for task in self.machine.tasks))
 
     def _answer(self, instruction: m.Instruction) -> list[m.Event]:
         match instruction:
@@ -125,12 +123,12 @@ def test_every_trial_of_the_budget_is_measured_and_reported_once(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_batches_in_flight_and_no_more_tasks_at_once_than_allowed(seed: int) -> None:
+def test_two_batches_in_flight_of_each_task_and_no_more_in_all_than_allowed(seed: int) -> None:
     tasks = [TaskPlan(f"t{n}", 1, True) for n in range(6)]
-    engine = SimulatedEngine(machine_for(tasks, 600, tasks_at_once=3), seed)
+    engine = SimulatedEngine(machine_for(tasks, 600, batches_at_once=5), seed)
     engine.run()
     assert max(engine.most_batches.values()) == 2
-    assert engine.most_active == 3
+    assert engine.most_in_all == 5
 
 
 def test_the_task_that_weighs_more_gets_more_trials() -> None:
@@ -208,6 +206,15 @@ def test_a_budget_too_small_for_all_goes_to_the_most_expensive() -> None:
     assert set(engine.measured) == {8, 9} and sum(engine.measured.values()) == 2 * MIN_TRIALS
     assert [t.state for t in engine.machine.tasks] == [TaskState.SKIPPED] * 8 + [TaskState.TUNED] * 2
     assert any("too few" in line for line in engine.said)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_chosen_task_gets_its_minimum_however_few_batches_are_in_flight(seed: int) -> None:
+    tasks = [TaskPlan(f"t{n}", n + 1, True) for n in range(8)]
+    engine = SimulatedEngine(machine_for(tasks, 8 * MIN_TRIALS + 5, batches_at_once=2), seed)
+    engine.run()
+    assert min(engine.measured.values()) >= MIN_TRIALS and len(engine.measured) == 8
+    assert sum(engine.measured.values()) == 8 * MIN_TRIALS + 5
 
 
 def test_one_trial_is_possible() -> None:

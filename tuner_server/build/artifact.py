@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,20 @@ class FallbackBuild:
 
     trace: str
     artifact: Artifact
+
+
+@dataclass(frozen=True)
+class ModelBuild:
+    """A whole model, built twice.
+
+    Attributes:
+        baseline: With fallback schedules only.
+        tuned: With the traces that were given.
+        args_info: One ``("TENSOR", dtype, shape)`` per parameter of ``main``: inputs, then lifted weights.
+        coverage: Of the tuned one, see ``tuner_core.compiler.apply.Coverage``.
+    """
+
+    baseline: Artifact
+    tuned: Artifact
+    args_info: tuple[tuple[str, str, tuple[int, ...]], ...]
+    coverage: Mapping[str, Any]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tuner_core.model import FailureKind, Workload
-from tuner_server.build.artifact import Artifact, FallbackBuild
+from tuner_server.build.artifact import Artifact, FallbackBuild, ModelBuild
 from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
 from tuner_server.trial import TrialFailed
 
-__all__ = ["Artifact", "BuildPool", "FallbackBuild"]
+__all__ = ["Artifact", "BuildPool", "FallbackBuild", "ModelBuild"]
 
 MODEL_TIMEOUT_S = 900.0
 
@@ -115,18 +115,13 @@ class BuildPool:
             raise
         return out
 
-    async def build_model(
-        self, module_json: str, target_json: str, traces: Mapping[str, str]
-    ) -> tuple[Artifact, Artifact, dict[str, Any]]:
+    async def build_model(self, module_json: str, target_json: str, traces: Mapping[str, str]) -> ModelBuild:
         """Build a whole model twice: with fallback schedules only, and with traces applied.
 
         Args:
             module_json: The prepared module, its weights lifted to parameters.
             target_json: What to build for.
             traces: Trace JSON by workload digest.
-
-        Returns:
-            Baseline, tuned, and the coverage of the tuned one (``tuner_core.compiler.apply.Coverage``).
 
         Raises:
             TrialFailed: As :meth:`build`.
@@ -137,7 +132,10 @@ class BuildPool:
             "model", {**args, "baseline": str(baseline), "tuned": str(tuned)}, MODEL_TIMEOUT_S, [baseline, tuned]
         )
         seconds = result["seconds"]
-        return Artifact(baseline, seconds["baseline"]), Artifact(tuned, seconds["tuned"]), result["coverage"]
+        args_info = tuple((kind, dtype, tuple(shape)) for kind, dtype, shape in result["args_info"])
+        return ModelBuild(
+            Artifact(baseline, seconds["baseline"]), Artifact(tuned, seconds["tuned"]), args_info, result["coverage"]
+        )
 
     def release(self, artifact: Artifact) -> None:
         """Delete an artifact that is not needed any more."""

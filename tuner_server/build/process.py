@@ -86,7 +86,7 @@ class _Builder:
                 raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
             seconds[name] = time.monotonic() - start
             coverage = applied.as_dict()
-        return {"seconds": seconds, "coverage": coverage}
+        return {"seconds": seconds, "coverage": coverage, "args_info": _parameters(mod)}
 
     def _inputs(self, args: dict[str, Any]) -> tuple[tvm.IRModule, Target]:
         return self._module(args["digest"], args["body"]), self._target(args["target"])
@@ -120,6 +120,17 @@ class _Builder:
             compile_module(mod, target, Path(out))
         except Exception as error:  # TVM, LLVM, NVRTC and the linker have no common base
             raise WorkError(FailureKind.BUILD_ERROR, one_line(error)) from None
+
+
+def _parameters(mod: tvm.IRModule) -> list[tuple[str, str, list[int]]]:
+    """Types and shapes of the parameters of ``main``."""
+    parameters = []
+    for variable in mod["main"].params:
+        shape = getattr(variable.ty, "shape", None)
+        if shape is None or any(not hasattr(extent, "value") for extent in shape):
+            raise WorkError(FailureKind.BUILD_ERROR, f"{variable.name_hint} is not a tensor of known shape")
+        parameters.append(("TENSOR", str(variable.ty.dtype), [int(extent) for extent in shape]))
+    return parameters
 
 
 def _check(mod: tvm.IRModule) -> None:

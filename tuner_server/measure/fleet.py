@@ -187,12 +187,15 @@ class WorkerFleet:
         """
         return await self._check(artifact, args_info, reference, fallback, timeout_s, alone=False)
 
-    async def measure_models(self, baseline: Path, tuned: Path, *, rounds: int = 10, seed: int = 0) -> ModelMeasurement:
+    async def measure_models(
+        self, baseline: Path, tuned: Path, args_info: ArgsInfo, *, rounds: int = 10, seed: int = 0
+    ) -> ModelMeasurement:
         """Time two Relax executables of one model in turn, alone on the device.
 
         Args:
             baseline: Executable whose outputs are the reference.
             tuned: The other one.
+            args_info: Types and shapes of the parameters of ``main``.
             rounds: Timed rounds at most.
             seed: Of the random inputs and weights.
 
@@ -200,7 +203,7 @@ class WorkerFleet:
             TrialFailed: One of them fails to run.
         """
         async with self.exclusive() as alone:
-            return await alone.measure_models(baseline, tuned, rounds=rounds, seed=seed)
+            return await alone.measure_models(baseline, tuned, args_info, rounds=rounds, seed=seed)
 
     @contextlib.asynccontextmanager
     async def exclusive(self, *, first: bool = False) -> AsyncIterator[Alone]:
@@ -263,10 +266,13 @@ class WorkerFleet:
         done = await self._perform(_Work("check", args, timeout_s, lambda _: True), alone=alone)
         return CheckOutcome(done.reply["verdict"], done.reply["max_error"], done.reply["message"])
 
-    async def _models(self, baseline: Path, tuned: Path, rounds: int, seed: int) -> ModelMeasurement:
+    async def _models(
+        self, baseline: Path, tuned: Path, args_info: ArgsInfo, rounds: int, seed: int
+    ) -> ModelMeasurement:
         args = {
             "baseline": str(baseline),
             "tuned": str(tuned),
+            "args_info": [list(info) for info in args_info],
             "rounds": rounds,
             "budget_s": MODELS_BUDGET_S,
             "seed": seed,
@@ -429,10 +435,12 @@ class Alone:
         async with self._lock:
             return await self._fleet._check(artifact, args_info, reference, fallback, CHECK_TIMEOUT_S, alone=True)
 
-    async def measure_models(self, baseline: Path, tuned: Path, *, rounds: int = 10, seed: int = 0) -> ModelMeasurement:
+    async def measure_models(
+        self, baseline: Path, tuned: Path, args_info: ArgsInfo, *, rounds: int = 10, seed: int = 0
+    ) -> ModelMeasurement:
         """As :meth:`WorkerFleet.measure_models`."""
         async with self._lock:
-            return await self._fleet._models(baseline, tuned, rounds, seed)
+            return await self._fleet._models(baseline, tuned, args_info, rounds, seed)
 
 
 def _kind_of_exit(code: int | None) -> FailureKind:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -16,31 +15,13 @@ from tuner_server.measure.correctness import MODEL_FACTOR, compare
 from tuner_server.measure.inputs import ArgsInfo, Array, draw_model_argument
 
 _FEWEST_ROUNDS = 3
-# The executable's constants name each parameter of a function, for the messages of its argument checks.
-_PARAMETER = re.compile(
-    r'fn=main, loc=param\[(\d+)\], param=[^,]*, annotation=R\.Tensor\(\(([\d, ]*)\), dtype="(\w+)"\)'
-)
-
-
-def executable_arguments(executable: Any) -> ArgsInfo:
-    """Types and shapes of the parameters of ``main``, as the executable itself states them.
-
-    Raises:
-        ValueError: Some parameter is not a tensor of known shape.
-    """
-    stated = {
-        int(position): ("TENSOR", dtype, tuple(int(extent) for extent in shape.split(",") if extent.strip()))
-        for position, shape, dtype in _PARAMETER.findall(str(executable["stats"]()))
-    }
-    if not stated or sorted(stated) != list(range(len(stated))):
-        raise ValueError("the model's parameters are not all tensors of known shape")
-    return [stated[position] for position in range(len(stated))]
 
 
 def measure_models(
     baseline: Any,
     tuned: Any,
     device: Any,
+    args_info: ArgsInfo,
     *,
     rounds: int,
     budget_s: float,
@@ -53,6 +34,7 @@ def measure_models(
         baseline: Loaded Relax executable; ``main`` takes the model's inputs, then its lifted weights.
         tuned: Another with the same ``main``.
         device: TVM device.
+        args_info: Types and shapes of the parameters of ``main``.
         rounds: Timed rounds.
         budget_s: No further round (after three) once this much time has gone.
         seed: Of inputs and weights.
@@ -61,14 +43,10 @@ def measure_models(
     Returns:
         ``baseline_us``, ``tuned_us`` (medians), ``rounds``, ``outputs_match`` (None: the baseline's outputs hold NaN
         or Inf), ``message``.
-
-    Raises:
-        ValueError: The arguments of ``main`` are not known.
     """
     rng = np.random.default_rng(seed)
     arguments = [
-        tvm.runtime.tensor(draw_model_argument(rng, dtype, shape), device)
-        for _kind, dtype, shape in executable_arguments(baseline)
+        tvm.runtime.tensor(draw_model_argument(rng, dtype, shape), device) for _kind, dtype, shape in args_info
     ]
     runs = [relax.VirtualMachine(executable, device)["main"] for executable in (baseline, tuned)]
     outputs = [_arrays(run(*arguments)) for run in runs]  # also warms up

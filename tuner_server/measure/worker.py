@@ -158,7 +158,7 @@ class Worker:
         """Latency of two builds of one model, measured in turn, and whether their outputs agree.
 
         Args:
-            args: ``baseline``, ``tuned``: Relax executables; ``rounds``, ``budget_s``, ``seed``.
+            args: ``baseline``, ``tuned``: Relax executables; ``args_info`` of their ``main``; ``rounds``, ``budget_s``, ``seed``.
         """
         self._cache.clear()
         loaded = [self._load(args[name]) for name in ("baseline", "tuned")]
@@ -168,6 +168,7 @@ class Worker:
                     loaded[0],
                     loaded[1],
                     self._device,
+                    args["args_info"],
                     rounds=int(args["rounds"]),
                     budget_s=float(args["budget_s"]),
                     seed=int(args["seed"]),

@@ -25,14 +25,14 @@ from tuner_core.store.interface import RecordStore
 from tuner_core.store.wire import workload_from_message
 from tuner_server.build.pool import Artifact
 from tuner_server.engine import Engine
-from tuner_server.measure.fleet import Measurement, MeasureRequest
+from tuner_server.measure.requests import Measurement, MeasureRequest
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.history import known_trials
 from tuner_server.scheduler.machine import JobMachine, TaskPlan
 from tuner_server.scheduler.report import JobFacts, queued_status, running_status
-from tuner_server.search.pool import KnownTrial as SearchTrial
-from tuner_server.search.pool import SearchFailed, SearchLost
+from tuner_server.search.messages import KnownTrial as SearchTrial
+from tuner_server.search.messages import SearchFailed, SearchLost
 from tuner_server.trial import TrialFailed
 
 log = logging.getLogger(__name__)
@@ -396,10 +396,10 @@ class JobRun:
         artifacts: list[Artifact] = []
         try:
             module = zlib.decompress(spec.lifted_module_zlib).decode()
-            baseline, tuned, _coverage = await self._engine.build.build_model(module, self._engine.target_json, traces)
-            artifacts = [baseline, tuned]
+            built = await self._engine.build.build_model(module, self._engine.target_json, traces)
+            artifacts = [built.baseline, built.tuned]
             async with self._engine.fleet.exclusive() as alone:
-                result = await alone.measure_models(baseline.path, tuned.path)
+                result = await alone.measure_models(built.baseline.path, built.tuned.path, built.args_info)
             event = m.ModelMeasured(result.baseline_us, result.tuned_us, result.outputs_match)
         except TrialFailed as failure:
             event = m.ModelMeasured(None, None, None, f"the whole model could not be measured: {failure}")

@@ -40,13 +40,13 @@ class Limits:
     Attributes:
         batch: Candidates per batch.
         batches_per_task: Batches in flight per task: generated, building or being measured.
-        tasks_at_once: Tasks with batches in flight.
+        batches_at_once: Batches in flight of all tasks together.
         top_k: Candidates measured again at the end of a task.
     """
 
     batch: int = 16
     batches_per_task: int = 2
-    tasks_at_once: int = 2
+    batches_at_once: int = 4
     top_k: int = 8
 
 
@@ -277,15 +277,7 @@ class JobMachine:
                 task.session_open = True
                 task.state = TaskState.RUNNING
                 out.append(m.OpenSession(index, self._all_known(task)))
-            first = task.new_trials == 0
-            count = min(self.limits.batch, self.unassigned)
-            if first:  # leave the others their minimum
-                waiting = sum(
-                    max(0, MIN_TRIALS - len(other.known))
-                    for other in self.tasks
-                    if other.chosen and other is not task and other.new_trials == 0 and not other.exhausted
-                )
-                count = min(count, max(min(MIN_TRIALS, self.unassigned), self.unassigned - waiting))
+            count = min(self.limits.batch, self.unassigned - self._reserved(index))
             batch = next(self._batch_ids)
             task.batches[batch] = _Batch(count)
             task.new_trials += count
@@ -303,23 +295,31 @@ class JobMachine:
             for index, task in enumerate(self.tasks)
             if task.chosen and not task.exhausted and not task.promoting and not task.state.final
         ]
-        active = sum(1 for index in open_tasks if self.tasks[index].batches)
+        in_flight = sum(len(self.tasks[index].batches) for index in open_tasks)
+        if in_flight >= self.limits.batches_at_once:
+            return None
         gains = {index: self.gain(index) for index in open_tasks}
         free = [
             index
             for index in open_tasks
-            if len(self.tasks[index].batches) < self.limits.batches_per_task
-            and (self.tasks[index].batches or active < self.limits.tasks_at_once)
+            if len(self.tasks[index].batches) < self.limits.batches_per_task and self.unassigned > self._reserved(index)
         ]
         if not free:
             return None
         best = max(free, key=lambda index: (gains[index], -index))
-        in_flight = sum(len(self.tasks[index].batches) for index in open_tasks)
         finite = [gain for gain in gains.values() if gain != float("inf")]
         hardly_matters = gains[best] < WORTH_WAITING_FOR * max(finite, default=0.0)
         if hardly_matters and in_flight >= self.limits.batches_per_task:
             return None
         return best
+
+    def _reserved(self, index: int) -> int:
+        """Trials that stay reserved for the other tasks that have had none yet, so that each gets its minimum."""
+        return sum(
+            max(0, MIN_TRIALS - len(task.known))
+            for other, task in enumerate(self.tasks)
+            if other != index and task.chosen and task.new_trials == 0 and not task.exhausted and not task.state.final
+        )
 
     def gain(self, index: int) -> float:
         """Expected reduction of the model's latency by the task's next trial, in microseconds.

@@ -12,7 +12,7 @@ import grpc.aio
 
 from tuner_core.errors import UsageError
 
-Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # subscripted only in the type stubs
 
 _OPEN_METHODS = ("/grpc.health.v1.Health/",)
 
@@ -82,8 +82,9 @@ def _refusal(handler: Handler | None) -> Handler:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
 
     async def refuse_stream(_request: object, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+        for _ in range(0):  # makes this the async generator that a stream of responses has to be
+            yield
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
-        yield  # never reached; makes this the async generator that a stream of responses has to be
 
     if handler is not None and handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(refuse_stream)
