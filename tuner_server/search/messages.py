@@ -32,6 +32,7 @@ class SearchSettings:
         boost_rounds: Trees of the cost model.
         known_limit: Known trials that a session starts from, the fastest first.
         attempts_per_candidate: Schedules to try for one that is valid and new, before a batch ends short.
+        repeats_to_exhaust: Valid schedules in a row that are not new, after which a space counts as exhausted.
         batch_seconds: A batch ends short after this long, once it has at least one candidate.
         timeout_s: Deadline of one request; the process is killed on expiry.
     """
@@ -43,6 +44,7 @@ class SearchSettings:
     boost_rounds: int = 40
     known_limit: int = 2000
     attempts_per_candidate: int = 64
+    repeats_to_exhaust: int = 64
     batch_seconds: float = 20.0
     timeout_s: float = 120.0
 

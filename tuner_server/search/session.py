@@ -120,16 +120,24 @@ class SearchSession:
         deadline = time.monotonic() + self._settings.batch_seconds
         attempts = count * self._settings.attempts_per_candidate
         found: list[str] = []
+        repeats = 0  # since the last new one
         ranked = iter(self._proposals(count))
-        while len(found) < count and attempts > 0 and (not found or time.monotonic() < deadline):
+        while len(found) < count and attempts > 0 and repeats < self._settings.repeats_to_exhaust:
+            if found and time.monotonic() > deadline:
+                break
             attempts -= 1
             exploring = self._rng.random() < self._settings.epsilon
             proposal = None if exploring else next(ranked, None)
             if proposal is not None:
                 self._seen_points.add((proposal[0].index, proposal[1]))  # also when it turns out invalid or a duplicate
             applied = self._apply(*proposal) if proposal else self._draw()
-            if applied is not None and self._is_new(applied):
+            if applied is None:
+                continue
+            if self._is_new(applied):
                 found.append(applied.trace)
+                repeats = 0
+            else:
+                repeats += 1
         self._produced += len(found)
         if not self._produced and not self._trials:
             reasons = ", ".join(f"{reason} {number}" for reason, number in self._rejections.most_common(3))
