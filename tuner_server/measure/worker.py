@@ -158,7 +158,8 @@ class Worker:
         """Latency of two builds of one model, measured in turn, and whether their outputs agree.
 
         Args:
-            args: ``baseline``, ``tuned``: Relax executables; ``args_info`` of their ``main``; ``rounds``, ``budget_s``, ``seed``.
+            args: ``baseline``, ``tuned``: Relax executables; ``args_info`` of their ``main``; ``rounds``, ``budget_s``,
+                ``seed``.
         """
         self._cache.clear()
         loaded = [self._load(args[name]) for name in ("baseline", "tuned")]
