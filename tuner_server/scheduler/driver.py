@@ -7,6 +7,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,8 @@ class JobRun:
     ) -> Record:
         engine, spec = self._engine, self.facts.spec
         key = self._key(workload)
-        partition = engine.partition_kind
+        if measurement is not None:
+            key = replace(key, sm_count=measurement.sm_count)
         return Record(
             trial_id=trial_id(key, trace, self.facts.job, verified),
             workload_digest=workload.digest,
@@ -302,8 +304,8 @@ class JobRun:
             device_model=engine.device.model,
             device_arch=engine.device.arch,
             sm_percent=spec.sm_percent,
-            sm_count=measurement.sm_count if measurement else engine.sm_count,
-            partition_kind=partition,
+            sm_count=key.sm_count,
+            partition_kind=measurement.partition.kind if measurement else engine.partition_kind,
             neighbours=measurement.neighbours if measurement else 0,
             verified=verified,
             latencies_us=measurement.latencies_us if measurement else (),
