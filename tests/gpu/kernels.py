@@ -1,7 +1,7 @@
 """Kernels for tests of measurement on a GPU: one that is right, and one for each way to misbehave.
 
-Each has arguments A and B of ``SIZE`` float32 values, so that all of them share a worker's buffers. They build without a
-GPU, and for a CPU as well, on which the tests' own logic can be rehearsed.
+Each has arguments A and B of ``SIZE`` float32 values, so that all of them share a worker's buffers. They build without
+a GPU, and for a CPU as well, on which the tests' own logic can be rehearsed.
 """
 
 from __future__ import annotations
@@ -10,15 +10,7 @@ import json
 from pathlib import Path
 
 from tuner_core.compiler.tvm_setup import load_tvm
-
-load_tvm(intrinsics=True)
-
-import tvm
-import tvm.script
-from tvm.target import Target
-
 from tuner_core.model import EvaluatorSettings
-from tuner_server.build.compile import compile_module, prepare_for_target
 from tuner_server.measure.requests import MeasureRequest
 
 SIZE = 1 << 20
@@ -80,12 +72,21 @@ def build(name: str, directory: Path, target_json: str = H200_TARGET) -> Path:
         directory: Where its library goes.
         target_json: What to build for.
     """
+    load_tvm(intrinsics=True)
+    import tvm
+    import tvm.script
+    from tvm.target import Target
+
+    from tuner_server.build.compile import compile_module, prepare_for_target
+
     target = Target(json.loads(target_json))
     body = BODIES[name]
     for mark, axis in (("BLOCKS(", "blockIdx.x"), ("THREADS(", "threadIdx.x")):
         while (at := body.find(mark)) >= 0:
             extent = body[at + len(mark) : body.index(")", at)]
-            loop = f'T.thread_binding({extent}, thread="{axis}")' if target.kind.name == "cuda" else f"T.serial({extent})"
+            loop = (
+                f'T.thread_binding({extent}, thread="{axis}")' if target.kind.name == "cuda" else f"T.serial({extent})"
+            )
             body = body[:at] + loop + body[body.index(")", at) + 1 :]
     function = tvm.script.from_source(_HEAD.lstrip() + body)
     prepare_for_target(target)
