@@ -81,7 +81,7 @@ def _external_files(model: Any) -> list[str]:
     """Names of the files that hold weights; ``load_external_data_for_model`` clears them, so they are read afresh."""
     import onnx
 
-    names = set()
+    names: set[str] = set()
     for tensor in model.graph.initializer:
         names.update(entry.value for entry in tensor.external_data if entry.key == "location")
     return sorted(names) if isinstance(model, onnx.ModelProto) else []
@@ -94,7 +94,9 @@ def _check_complete(graph: Any, path: Path) -> None:
     for node in graph.node:
         missing = [name for name in node.input if name not in known]
         if missing:
-            raise ModelError(f"{path} is not a complete ONNX model: nothing makes {missing[0]!r}, which {node.op_type} reads")
+            raise ModelError(
+                f"{path} is not a complete ONNX model: nothing makes {missing[0]!r}, which {node.op_type} reads"
+            )
         known.update(node.output)
     missing = [value.name for value in graph.output if value.name not in known]
     if missing:

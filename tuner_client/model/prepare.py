@@ -139,7 +139,9 @@ def _tasks(prepared: IRModule, target: Target) -> list[ExtractedTask]:
         module = normalise(task.dispatched[0])
         workload = workload_from_module(module)
         if any(0 in shape for _, _, shape in workload.args_info):
-            raise ModelError(f"operator {task.task_name} has no fixed shape: give the inputs' shapes with --input-shape")
+            raise ModelError(
+                f"operator {task.task_name} has no fixed shape: give the inputs' shapes with --input-shape"
+            )
         tasks.append(ExtractedTask(str(task.task_name), workload, int(task.weight), worth_trials(module)))
     tasks.sort(key=lambda task: (order.get(task.name, len(order)), task.name))
     return tasks

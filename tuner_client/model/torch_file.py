@@ -59,7 +59,9 @@ def _read(path: Path) -> Any:
 def _import_problem(path: Path, error: Exception) -> str:
     unknown = re.search(r"Unsupported function types \[(.*?)\]", str(error))
     if unknown:
-        names = ", ".join(sorted(name.strip().strip("'") for name in unknown.group(1).split(",")))
+        names = ", ".join(
+            sorted(name.strip().strip("'").removesuffix(".default") for name in unknown.group(1).split(","))
+        )
         return f"{path.name} needs operators that TVM's torch frontend lacks: {names}"
     return f"{path.name} cannot be imported: {one_line(error)}"
 
@@ -74,17 +76,18 @@ def _fix_shapes(module: IRModule, shapes: Mapping[str, Shape]) -> tuple[IRModule
     dtypes = {}
     for parameter in main.params:
         sizes = list(parameter.ty.shape) if parameter.ty.shape is not None else []
-        declared[parameter.name_hint] = tuple(int(size) if isinstance(size, tirx.IntImm) else str(size) for size in sizes)
-        symbols[parameter.name_hint] = sizes
-        dtypes[parameter.name_hint] = str(parameter.ty.dtype)
+        declared[str(parameter.name)] = tuple(
+            int(size) if isinstance(size, tirx.IntImm) else str(size) for size in sizes
+        )
+        symbols[str(parameter.name)] = sizes
+        dtypes[str(parameter.name)] = str(parameter.ty.dtype)
     check_names(shapes, declared)
     fixed = {name: fixed_shape(name, shape, shapes.get(name)) for name, shape in declared.items()}
     bindings: dict[Any, int] = {}
     for name, sizes in symbols.items():
         for size, extent in zip(sizes, fixed[name], strict=True):
-            if isinstance(size, tirx.Var):
-                if bindings.setdefault(size, extent) != extent:
-                    raise ModelError(f"--input-shape: {size} is {bindings[size]} in one input and {extent} in {name!r}")
+            if isinstance(size, tirx.Var) and bindings.setdefault(size, extent) != extent:
+                raise ModelError(f"--input-shape: {size} is {bindings[size]} in one input and {extent} in {name!r}")
     if bindings:
         module = relax.transform.BindSymbolicVars(bindings, "main")(module)
     return module, tuple((name, fixed[name], dtypes[name]) for name in declared)

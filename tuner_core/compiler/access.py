@@ -86,7 +86,7 @@ class BlockAccess:
     @property
     def reduction_size(self) -> int:
         """Iterations per output element."""
-        return math.prod(extent for extent, is_spatial in zip(self.extents, self.spatial, strict=True) if not is_spatial)
+        return math.prod(extent for extent, spatial in zip(self.extents, self.spatial, strict=True) if not spatial)
 
     def vector_axis(self, max_stride: int) -> int | None:
         """The spatial loop that writes consecutive elements and reads with a stride of at most ``max_stride``."""
@@ -102,14 +102,17 @@ class BlockAccess:
 
         Args:
             excluding: The vector loop.
-            with_vector: Only loops along which the read that varies with the vector loop stays the same, innermost first.
+            with_vector: Only loops along which what the vector loop reads stays the same, innermost first.
         """
-        axes = [axis for axis, extent in enumerate(self.extents) if self.spatial[axis] and axis != excluding and extent > 1]
+        axes = [axis for axis, wide in enumerate(self.extents) if self.spatial[axis] and axis != excluding and wide > 1]
         if with_vector and excluding is not None:
             vectors = [read for read in self.reads if read.strides[excluding]]
             return [axis for axis in reversed(axes) if all(read.strides[axis] == 0 for read in vectors)]
-        axes.sort(key=lambda axis: (any(read.strides[axis] == 0 for read in self.reads), self.extents[axis]), reverse=True)
+        axes.sort(key=lambda axis: (self._reuses(axis), self.extents[axis]), reverse=True)
         return axes[:1]
+
+    def _reuses(self, axis: int) -> bool:
+        return any(read.strides[axis] == 0 for read in self.reads)
 
     def packable(self, min_uses: int) -> Packable | None:
         """The loop to vectorise over a copy of its weights, when each weight is used at least ``min_uses`` times."""
@@ -183,7 +186,8 @@ def _read(load: Any, regions: list[Any], variables: list[Any]) -> Read:
 
     shape = [int(extent) if isinstance(extent, tirx.IntImm) else 0 for extent in load.source.shape]
     position = next(number for number, buffer in enumerate(regions) if buffer.same_as(load.source))
-    return Read(position, _strides(load.source, load.indices, variables), _plain_dims(load.indices, variables), math.prod(shape))
+    strides = _strides(load.source, load.indices, variables)
+    return Read(position, strides, _plain_dims(load.indices, variables), math.prod(shape))
 
 
 def _strides(buffer: Any, indices: Any, variables: list[Any]) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ def apply_schedules(prepared: IRModule, target: Target, traces: Mapping[str, str
 
 @dataclass
 class _Group:
-    """Functions that are structurally equal. Their digests may differ: those hold block names, equality ignores them."""
+    """Functions that are structurally equal; digests may differ, for they hold block names that equality ignores."""
 
     module: Any
     members: list[tuple[GlobalVar, PrimFunc]]
@@ -130,9 +130,7 @@ def _equal_functions(functions: Mapping[GlobalVar, PrimFunc]) -> list[_Group]:
     return groups
 
 
-def _schedule_group(
-    group: _Group, target: Target, traces: Mapping[str, str]
-) -> tuple[PrimFunc, str | None, str]:
+def _schedule_group(group: _Group, target: Target, traces: Mapping[str, str]) -> tuple[PrimFunc, str | None, str]:
     """The scheduled function, the digest whose trace it runs (None: fallback), and why a trace did not apply."""
     problem = ""
     for digest, module in group.by_digest.items():

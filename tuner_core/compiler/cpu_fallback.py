@@ -6,6 +6,7 @@ mark. All splits use divisors, so no predicate keeps the inner loops from becomi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -152,7 +153,9 @@ def _reduction_recipes(
         plans.append(_Tile(vector=None, width=1))
     for plan in plans:
         for epilogue in (True, False):
-            yield partial(_tile_reduction, block=block, access=access, registers=registers, tile=plan, epilogue=epilogue)
+            yield partial(
+                _tile_reduction, block=block, access=access, registers=registers, tile=plan, epilogue=epilogue
+            )
 
 
 @dataclass(frozen=True)
@@ -173,11 +176,7 @@ def _already_placed(schedule: Schedule, block: Any) -> bool:
 def _parallel_outer(schedule: Schedule, block: Any, access: BlockAccess) -> None:
     """Parallel outer loops; the innermost spatial loop stays as it is, for LLVM to vectorise."""
     loops = schedule.get_loops(block)
-    spatial = []
-    for axis, loop in enumerate(loops):
-        if not access.spatial[axis]:
-            break
-        spatial.append(axis)
+    spatial = list(itertools.takewhile(lambda axis: access.spatial[axis], range(len(loops))))
     wide = [axis for axis in spatial if access.extents[axis] != 1]
     outer = [axis for axis in spatial if axis < wide[-1]] if len(wide) > 1 else spatial
     least = _MIN_PARALLEL_OPERATIONS if access.is_reduction else _MIN_PARALLEL_ELEMENTS

@@ -161,7 +161,7 @@ def _compile_callback(source: str) -> bytes:
 
 
 def enable_cuda_builds(cache_dir: Path | None = None) -> bool:
-    """Prepare this process to build for CUDA; call it once, before the first such build.
+    """Prepare this process to build for CUDA; call it before the first such build. A second call changes nothing.
 
     Never in a process that runs kernels: where there is no driver, a stub is loaded in its place.
 
@@ -180,6 +180,6 @@ def enable_cuda_builds(cache_dir: Path | None = None) -> bool:
     nvrtc.version()  # fails here, once, rather than in each candidate
     if cache_dir is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
-    _cache.directory = cache_dir
+        _cache.directory = cache_dir
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile_callback, override=True)
     return stub

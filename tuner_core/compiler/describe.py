@@ -19,12 +19,18 @@ _DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": 
 _LAYOUTS = {1: ("NCW", "NWC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
 _NAMES = {"concat": "concatenate", "squeeze": "reshape", "expand_dims": "reshape", "full": "fill", "pad_temp": "pad"}
 _NORMALISATIONS = ("layer_norm", "group_norm", "instance_norm", "rms_norm", "softmax")
+_SILENT = frozenset({"element_wise", "full_like"})  # what is left of dropout
 _MIN_OPERATIONS = 16384  # multiply-adds below which an operator takes a few microseconds whatever its schedule
 
 CONTRACTIONS = frozenset(
     {"dense", "batch_matmul"}
-    | {f"{prefix}conv{n}d{suffix}" for n in (1, 2, 3) for prefix in ("", "depthwise_", "group_") for suffix in ("", "_transpose")}
-)  # fmt: skip
+    | {
+        f"{prefix}conv{dims}d{suffix}"
+        for dims in (1, 2, 3)
+        for prefix in ("", "depthwise_", "group_")
+        for suffix in ("", "_transpose")
+    }
+)
 
 
 def describe(mod: IRModule) -> tuple[str, str]:
@@ -49,9 +55,8 @@ def describe(mod: IRModule) -> tuple[str, str]:
     else:
         op, details = _reduction(anchor, blocks, parameters, origin)
     after = _names(blocks[blocks.index(anchor) + 1 :]) if op in CONTRACTIONS or "pool" in op else []
-    return op, f"{op} {details[0]}" + "".join(f", {part}" for part in (*details[1:-1], dtype, details[-1]) if part) + "".join(
-        f" + {name}" for name in after
-    )
+    parts = [part for part in (details[0], *details[1:-1], dtype, details[-1]) if part]
+    return op, f"{op} {', '.join(parts)}" + "".join(f" + {name}" for name in after)
 
 
 def worth_trials(mod: IRModule) -> bool:
@@ -115,7 +120,8 @@ def _windows(block: Block, load: Load) -> list[_Window]:
 
 def _contraction(block: Block, origin: _Origins) -> tuple[str, list[str]]:
     for data, weights in (block.loads, block.loads[::-1]):
-        windows = _windows(block, data)
+        in_weights = frozenset().union(*(block.axes_of(index) for index in weights.indices))
+        windows = [window for window in _windows(block, data) if window.spatial not in in_weights]
         if windows and not _windows(block, weights):
             return _convolution(block, data, weights, windows, origin)
     return _matmul(block)
@@ -228,7 +234,8 @@ def _element_wise(
 
 
 def _names(blocks: Sequence[Block]) -> list[str]:
-    names = [_name(block) for block in blocks]
+    named = [_name(block) for block in blocks]
+    names = [name for name in named if name not in _SILENT] or named
     return [name for number, name in enumerate(names) if number == 0 or name != names[number - 1]]
 
 
@@ -237,10 +244,8 @@ def _name(block: Block) -> str:
 
     value, base = block.value, block.name.rstrip("0123456789").rstrip("_").removeprefix("T_")
     if base in ("compute", "relu", "elemwise"):
-        if isinstance(value, tirx.Max):
-            return "relu"
-        if isinstance(value, tirx.Min):
-            return "clip"
+        if isinstance(value, tirx.Max | tirx.Min):
+            return "clip" if isinstance(value, tirx.Min) or isinstance(value.a, tirx.Min) else "relu"
         calls = block.calls()
         return calls[0] if calls else "element_wise"
     return _NAMES.get(base, base)

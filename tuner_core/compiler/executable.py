@@ -28,6 +28,7 @@ def build_executable(mod: IRModule, target: Target) -> VMExecutable:
     import tvm
     from tvm import relax
     from tvm.ir.transform import PassContext
+
     # the passes of TVM's own pipelines after scheduling; its CPU pipeline cannot be asked for them in this version
     passes = [
         relax.transform.RewriteDataflowReshape(),

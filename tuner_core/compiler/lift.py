@@ -42,7 +42,7 @@ def lift_constants(prepared: IRModule) -> tuple[IRModule, list[Tensor]]:
         raise ModelError(f"a prepared model has exactly one function main, this one has {', '.join(names) or 'none'}")
 
     @mutator
-    class _Lifter(PyExprMutator):  # type: ignore[misc]
+    class _Lifter(PyExprMutator):
         def __init__(self) -> None:
             super().__init__(prepared)
             self.variables: list[Any] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from tuner_core.compiler.graph import is_reference
 from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.errors import InvalidRecordError
 from tuner_core.model import Workload, canonical_json, sha256_hex
@@ -21,13 +22,11 @@ if TYPE_CHECKING:
 _VARIABLES = frozenset({"ir.Var", "tirx.Var", "tirx.SizeVar", "relax.expr.Var", "relax.expr.DataflowVar"})
 _SHARED_TYPES = frozenset(
     {
-        "None", "int", "bool", "float", "DataType", "Device", "ir.IntImm", "ir.FloatImm", "ir.StringImm", "tirx.StringImm",
-        "ir.Op", "ir.Call", "ir.Range", "ir.Tuple", "ir.DictAttrs", "ir.TensorLoad", "ir.TensorRegion", "tirx.BufferLoad",
-        "relax.expr.ShapeExpr",
+        "None", "int", "bool", "float", "DataType", "Device", "ir.IntImm", "ir.FloatImm", "ir.StringImm", "ir.Op",
+        "ir.Call", "ir.Range", "ir.Tuple", "ir.DictAttrs", "ir.TensorLoad", "ir.TensorRegion", "relax.expr.ShapeExpr",
     }
 )  # fmt: skip
 _SHARED_PREFIXES = ("ffi.", "prim.", "ir.prim.")
-_RAW_FIELD_TYPES = frozenset({0, 1, 2, 3})  # TVM-FFI's None, int, bool, float: stored in place, not as a node index
 
 
 def normalise(mod: IRModule | PrimFunc) -> IRModule:
@@ -47,7 +46,9 @@ def normalise(mod: IRModule | PrimFunc) -> IRModule:
     if isinstance(mod, tvm.IRModule):
         functions = list(mod.functions.values())
         if len(functions) != 1 or not isinstance(functions[0], tvm.tirx.PrimFunc):
-            raise InvalidRecordError(f"a workload is a module with one TIR function, this one has {len(functions)} functions")
+            raise InvalidRecordError(
+                f"a workload is a module with one TIR function, not with {len(functions)} functions"
+            )
         mod = functions[0]
     return get_global_func("tvm.s_tir.meta_schedule.normalize_mod")(mod)
 
@@ -148,18 +149,20 @@ class _Canonical:
         return {"root_index": self._index[self._root], "nodes": self._nodes, "metadata": self._metadata}
 
     def _children(self, node: dict[str, Any]) -> list[int]:
-        kind, data = node["type"], node.get("data")
+        kind: str = node["type"]
+        data: Any = node.get("data")
         if kind in ("ffi.Map", "ffi.Dict"):
             return [index for pair in self._sorted_pairs(data) for index in pair]
         if kind in ("ffi.Array", "ffi.List"):
             return list(data)
         if isinstance(data, dict):
             skip = {"span", "name"} if kind in _VARIABLES else {"span"}
-            return [data[name] for name in data if name not in skip and _is_reference(kind, name, data[name])]
+            return [data[name] for name in data if name not in skip and is_reference(kind, name, data[name])]
         return []
 
     def _emit(self, node: dict[str, Any]) -> int:
-        kind, data = node["type"], node.get("data")
+        kind: str = node["type"]
+        data: Any = node.get("data")
         if kind in ("ffi.Map", "ffi.Dict"):
             return self._value(kind, [self._index[index] for pair in self._sorted_pairs(data) for index in pair])
         if kind in ("ffi.Array", "ffi.List"):
@@ -167,7 +170,7 @@ class _Canonical:
         if not isinstance(data, dict):
             return self._constant(node)
         fields = {
-            name: self._index[value] if name not in ("span", "name") and _is_reference(kind, name, value) else value
+            name: self._index[value] if name not in ("span", "name") and is_reference(kind, name, value) else value
             for name, value in data.items()
         }
         if "span" in fields:
@@ -175,7 +178,7 @@ class _Canonical:
         if kind in _VARIABLES:
             fields["name"] = self._constant({"type": "ffi.String", "data": f"v{self._variables}"})
             self._variables += 1
-        elif "name" in fields and _is_reference(kind, "name", data["name"]):
+        elif "name" in fields and is_reference(kind, "name", data["name"]):
             fields["name"] = self._constant(self._source[data["name"]])
         return self._value(kind, fields)
 
@@ -198,25 +201,6 @@ class _Canonical:
             self._nodes.append(node)
             self._known[key] = len(self._nodes) - 1
         return self._known[key]
-
-
-_raw_fields: dict[str, frozenset[str]] = {}
-
-
-def _is_reference(kind: str, name: str, value: Any) -> bool:
-    """Whether a field holds a node index; ints are told apart by the field's static type in TVM's reflection."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return False
-    if kind not in _raw_fields:
-        from tvm_ffi import core
-
-        info = core._lookup_or_register_type_info_from_type_key(kind)
-        raw = set()
-        while info is not None:
-            raw.update(field.name for field in info.fields or () if field.field_static_type_index in _RAW_FIELD_TYPES)
-            info = info.parent_type_info
-        _raw_fields[kind] = frozenset(raw)
-    return name not in _raw_fields[kind]
 
 
 def _register_normaliser() -> None:
