@@ -8,15 +8,16 @@ import resource
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm.target import Target
 
+from tuner_core.compiler.guard import check_trace, load_lifted_module, load_workload
 from tuner_core.compiler.trace import apply_trace, trace_to_json
-from tuner_core.compiler.workload import module_from_body
-from tuner_core.errors import InvalidRecordError, TunerError
+from tuner_core.errors import InvalidRecordError, TunerError, UsageError
 from tuner_core.model import FailureKind
 from tuner_server.build.compile import compile_module, prepare_for_target
 from tuner_server.processes.child import WorkError, one_line, serve
@@ -24,7 +25,7 @@ from tuner_server.processes.child import WorkError, one_line, serve
 _MODULES_KEPT = 32
 # Beyond what the process has mapped when it starts: TVM and its libraries map gigabytes that they never touch.
 _EXTRA_ADDRESS_SPACE = 16 << 30
-_LARGEST_FILE = 2 << 30
+_LARGEST_FILE = 8 << 30
 
 
 class _Builder:
@@ -37,8 +38,9 @@ class _Builder:
         start = time.monotonic()
         mod, target = self._inputs(args)
         try:
+            check_trace(args["trace"])
             schedule = apply_trace(mod, args["trace"])
-        except InvalidRecordError as error:
+        except (InvalidRecordError, UsageError) as error:
             raise WorkError(FailureKind.INVALID_TRACE, str(error)) from None
         self._compile(schedule.mod, target, args["out"])
         return {"seconds": time.monotonic() - start}
@@ -73,8 +75,7 @@ class _Builder:
         from tuner_core.compiler.executable import build_executable, export_executable
 
         target = self._target(args["target"])
-        mod = tvm.ir.load_json(args["module"])
-        _check(mod)
+        mod = _checked(load_lifted_module, args["module"])
         seconds: dict[str, float] = {}
         coverage: dict[str, Any] = {}
         for name, traces in (("baseline", {}), ("tuned", args["traces"])):
@@ -94,12 +95,7 @@ class _Builder:
     def _module(self, digest: str, body: str) -> tvm.IRModule:
         mod = self._modules.get(digest)
         if mod is None:
-            try:
-                mod = module_from_body(body)
-            except InvalidRecordError as error:
-                raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
-            _check(mod)
-            self._modules[digest] = mod
+            mod = self._modules[digest] = _checked(load_workload, body)
             while len(self._modules) > _MODULES_KEPT:
                 self._modules.popitem(last=False)
         self._modules.move_to_end(digest)
@@ -133,15 +129,11 @@ def _parameters(mod: tvm.IRModule) -> list[tuple[str, str, list[int]]]:
     return parameters
 
 
-def _check(mod: tvm.IRModule) -> None:
-    """Refuse what a client's IR may not contain."""
+def _checked(load: Callable[[str], tvm.IRModule], text: str) -> tvm.IRModule:
+    """A module from IR that a client sent."""
     try:
-        from tuner_core.compiler.guard import check_module
-    except ImportError:  # TODO: being written; remove when it is there
-        return
-    try:
-        check_module(mod)
-    except TunerError as error:
+        return load(text)
+    except UsageError as error:
         raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
 
 

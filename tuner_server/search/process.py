@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+from tuner_core.errors import UsageError
 from tuner_server.processes.child import WorkError, serve
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
 from tuner_server.search.session import SearchSession
@@ -16,7 +17,10 @@ class _Sessions:
         self._open: dict[str, SearchSession] = {}
 
     def open(self, args: dict[str, Any]) -> dict[str, Any]:
-        session = SearchSession(args["body"], args["target"], self._settings, args["seed"], _trials(args["known"]))
+        try:
+            session = SearchSession(args["body"], args["target"], self._settings, args["seed"], _trials(args["known"]))
+        except UsageError as error:
+            raise WorkError("search_failed", str(error)) from None
         self._open[args["session"]] = session
         return {"spaces": session.space_sizes}
 

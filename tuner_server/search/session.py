@@ -22,7 +22,7 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.schedule import Instruction, Trace
 from tvm.target import Target
 
-from tuner_core.compiler.workload import module_from_body
+from tuner_core.compiler.guard import load_workload
 from tuner_core.model import sha256_hex
 from tuner_server.search.cost_model import CostModel
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
@@ -48,6 +48,9 @@ class SearchSession:
         settings: How to search.
         seed: Equal seeds and equal reports give equal candidates.
         known: Trials from before: they are learned from, and their schedules not proposed again.
+
+    Raises:
+        UsageError: The workload is malformed, or holds what no operator needs.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class SearchSession:
     ) -> None:
         self._settings = settings
         self._rng = random.Random(seed)
-        self._mod = module_from_body(body)
+        self._mod = load_workload(body)
         self._target = Target(json.loads(target_json))
         self._workload = ms.database.Workload(self._mod)
         with self._target:
