@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner_core.compiler.cuda_build import enable_cuda_builds
 from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.errors import TunerError
 
@@ -25,6 +26,8 @@ def build_executable(mod: IRModule, target: Target) -> VMExecutable:
         TunerError: Lowering or code generation failed; the text is TVM's last line.
     """
     load_tvm(intrinsics=True)
+    if target.kind.name == "cuda":
+        enable_cuda_builds()
     import tvm
     from tvm import relax
     from tvm.ir.transform import PassContext
