@@ -26,6 +26,7 @@ from tuner_core.proto.tuner.v1 import (
 )
 from tuner_core.store.interface import RecordStore
 from tuner_core.store.open import open_store
+from tuner_core.transport.options import SERVER_CHANNEL_OPTIONS
 from tuner_server.config import ServerConfig, TlsFiles
 from tuner_server.engine import Engine
 from tuner_server.scheduler.journal import JobJournal
@@ -37,7 +38,6 @@ from tuner_server.services.tuning import TuningServicer
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 << 20
 SERVICES = (
     tuning_pb2.DESCRIPTOR.services_by_name["TuningService"].full_name,
     records_pb2.DESCRIPTOR.services_by_name["RecordService"].full_name,
@@ -93,12 +93,7 @@ class Server:
             self._engine, self._store, self._journal, self.instance, auto_resume=not config.exit_with_parent
         )
         authenticator = Authenticator(tokens)
-        options = [
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-        ]
-        self._grpc = grpc.aio.server(interceptors=[authenticator], options=options)
+        self._grpc = grpc.aio.server(interceptors=[authenticator], options=SERVER_CHANNEL_OPTIONS)
         tuning_pb2_grpc.add_TuningServiceServicer_to_server(TuningServicer(self._jobs, authenticator), self._grpc)
         records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(self._store), self._grpc)
         host_pb2_grpc.add_HostServiceServicer_to_server(
