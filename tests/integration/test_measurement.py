@@ -364,6 +364,24 @@ def test_a_library_that_does_not_load_is_a_run_error(
     assert "\n" not in str(failed.value)
 
 
+def test_a_worker_keeps_no_library_after_its_measurement(
+    runner: asyncio.Runner, fleet: WorkerFleet, library: dict[str, Path], tmp_path: Path
+) -> None:
+    async def measure(index: int) -> None:
+        copy = tmp_path / f"{index}.so"
+        copy.write_bytes(library["matmul"].read_bytes())
+        await fleet.measure(MeasureRequest(copy, MATMUL_ARGS, ONCE))
+
+    async def many() -> None:
+        await asyncio.gather(*(measure(index) for index in range(20)))
+
+    runner.run(many())
+    for pid in pids(fleet):
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        assert "tvm" in mapped
+        assert str(tmp_path) not in mapped
+
+
 # Correctness
 
 

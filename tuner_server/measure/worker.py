@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 
 from tuner_core.compiler.cuda_libraries import load_tvm_cuda_runtime
 from tuner_core.model import FailureKind
@@ -184,7 +185,8 @@ class Worker:
     def _load(self, path: str) -> Any:
         if not path.endswith(".so"):
             raise WorkError("internal", f"a worker loads shared libraries only, not {Path(path).name}")
-        return self._attempt(lambda: tvm.runtime.load_module(path))
+        # tvm.runtime.load_module keeps every library mapped for good: 20 KB and five mappings a trial.
+        return self._attempt(lambda: tvm_ffi.load_module(path, keep_module_alive=False))
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         """Do something on the device; its errors become kinds of failure."""
