@@ -1,18 +1,14 @@
-"""The measurement workers of one device, as one: requests go to whichever is idle, lost workers come back."""
+"""What a device's measurement workers do for the rest of the server: time candidates, check outputs, time models."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import signal
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from tuner_core.errors import ConflictError, UnavailableError
-from tuner_core.model import FailureKind
+from tuner_core.errors import ConflictError
+from tuner_server.measure.device_workers import DeviceWorkers, Work
 from tuner_server.measure.gate import CoreGate
 from tuner_server.measure.inputs import ArgsInfo
 from tuner_server.measure.requests import (
@@ -24,62 +20,20 @@ from tuner_server.measure.requests import (
 )
 from tuner_server.measure.slot import WorkerSlot
 from tuner_server.measure.statistics import summarise
-from tuner_server.measure.turns import Turns
 from tuner_server.partitions.interface import Partition, PartitionProvider
-from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner, describe_exit
-from tuner_server.trial import TrialFailed
+from tuner_server.processes.spawner import Spawner
 
 __all__ = [
     "Alone", "CheckOutcome", "MeasureRequest", "Measurement", "ModelMeasurement", "WorkerFleet", "WorkerSnapshot",
 ]  # fmt: skip
 
-log = logging.getLogger(__name__)
-
 CHECK_TIMEOUT_S = 60.0
 MODELS_TIMEOUT_S = 300.0
 MODELS_BUDGET_S = 20.0
-_DEVICE_FAULT = "device_fault"  # as the worker says it
-_SETTLE_S = 0.5  # where faults spread: a faulting MPS client took its neighbours along within 0.3 s when tried
-_UNUSABLE_AFTER_S = 30.0
-_LONGEST_RETRY_S = 5.0
-
-
-@dataclass(frozen=True)
-class _Work:
-    op: str
-    args: dict[str, Any]
-    timeout_s: float
-    accepts: Callable[[WorkerSlot], bool]
-
-
-@dataclass(eq=False)
-class _Activity:
-    """A request that runs on the device."""
-
-    slot: WorkerSlot
-    neighbours: int = 0
-    void: bool = False
-
-
-@dataclass(frozen=True)
-class _Done:
-    reply: dict[str, Any]
-    slot: WorkerSlot
-    sm_count: int
-    affinity: tuple[int, ...]
-    neighbours: int
-
-
-class _Lost(Exception):
-    """The worker was lost with the request, which may be innocent."""
-
-    def __init__(self, kind: FailureKind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class WorkerFleet:
-    """Workers of one device and the queue for them.
+    """The measurement workers of one device.
 
     Args:
         spawner: Starts the processes.
@@ -88,19 +42,7 @@ class WorkerFleet:
     """
 
     def __init__(self, spawner: Spawner, provider: PartitionProvider, gate: CoreGate) -> None:
-        self._spawner = spawner
-        self._provider = provider
-        self._gate = gate
-        self._slots: list[WorkerSlot] = []
-        self._turns: Turns[WorkerSlot] = Turns(lambda slot: slot.ready)
-        self._running: set[_Activity] = set()
-        self._settling: set[_Activity] = set()
-        self._requests: set[asyncio.Task[Any]] = set()
-        self._requests_alone: set[asyncio.Task[Any]] = set()
-        self._repairs: set[asyncio.Task[None]] = set()
-        self._stopping = False
-
-    # Life
+        self._workers = DeviceWorkers(spawner, provider, gate)
 
     async def start(self, partitions: Sequence[Partition]) -> None:
         """Start one worker for each partition, in place of those that run.
@@ -108,49 +50,20 @@ class WorkerFleet:
         Raises:
             TunerError: One did not start, or its share was not granted; none is left running then.
         """
-        await self.stop()
-        self._stopping = False
-        self._turns = Turns(lambda slot: slot.ready)
-        self._slots = [WorkerSlot(partition) for partition in partitions]
-        self._provider.watch(self._device_lost)
-        started = await asyncio.gather(*(self._fill(slot) for slot in self._slots), return_exceptions=True)
-        errors = [outcome for outcome in started if isinstance(outcome, BaseException)]
-        if errors:
-            await self.stop()
-            raise errors[0]
+        await self._workers.start(partitions)
 
     async def stop(self) -> None:
         """End every worker. Requests that wait or run fail."""
-        self._stopping = True
-        self._provider.watch(None)
-        self._turns.fail(ConflictError("the measurement workers are being stopped"))
-        for repair in self._repairs:
-            repair.cancel()
-        await asyncio.gather(*self._repairs, return_exceptions=True)
-        await asyncio.gather(*(self._end(slot) for slot in self._slots))
-        await asyncio.gather(*self._requests, return_exceptions=True)
-        self._slots = []
-
-    async def _end(self, slot: WorkerSlot) -> None:
-        child, slot.child = slot.child, None
-        if child is None:
-            return
-        if slot.state == "measuring":
-            await self._provider.stop_worker(child)
-        else:
-            await child.close()
-        slot.state = "lost"
+        await self._workers.stop()
 
     @property
     def capacity(self) -> int:
         """Workers that take requests now."""
-        return sum(slot.ready for slot in self._slots)
+        return self._workers.capacity
 
     def workers(self) -> list[WorkerSnapshot]:
         """Every worker as it is now."""
-        return [slot.snapshot() for slot in self._slots]
-
-    # Requests
+        return [slot.snapshot() for slot in self._workers.slots]
 
     async def measure(self, request: MeasureRequest) -> Measurement:
         """Time one candidate on the next idle worker.
@@ -206,31 +119,20 @@ class WorkerFleet:
             return await alone.measure_models(baseline, tuned, args_info, rounds=rounds, seed=seed)
 
     @contextlib.asynccontextmanager
-    async def exclusive(self, *, first: bool = False) -> AsyncIterator[Alone]:
-        """Wait until nothing else runs on the device, and let nothing else begin until the end of the block.
-
-        Args:
-            first: Before all others that wait.
-        """
-        turns = self._turns
-        await turns.begin_alone(first=first)
-        try:
+    async def exclusive(self) -> AsyncIterator[Alone]:
+        """Wait until nothing else runs on the device, and let nothing else begin until the end of the block."""
+        async with self._workers.exclusive():
             yield Alone(self)
-        finally:
-            left = [task for task in self._requests_alone if not task.done()]
-            if left:  # cancelled in the middle: the device is free when the worker is done
-                ending = asyncio.ensure_future(asyncio.wait(left))
-                ending.add_done_callback(lambda _: turns.end_alone())
-            else:
-                turns.end_alone()
 
     async def _measure(self, request: MeasureRequest, *, alone: bool) -> Measurement:
         def accepts(slot: WorkerSlot) -> bool:
             return request.sm_percent in (None, slot.partition.sm_percent)
 
-        if not any(accepts(slot) for slot in self._slots):
+        if not any(accepts(slot) for slot in self._workers.slots):
             raise ConflictError(f"no worker has a share of {request.sm_percent} %")
-        done = await self._perform(_Work("measure", request.arguments(), request.timeout_s, accepts), alone=alone)
+        done = await self._workers.perform(
+            Work("measure", request.arguments(), request.timeout_s, accepts), alone=alone
+        )
         samples = tuple(float(sample) for sample in done.reply["samples_us"])
         summary = summarise(samples)
         return Measurement(
@@ -263,7 +165,7 @@ class WorkerFleet:
             "reference": str(reference) if reference is not None else None,
             "reference_artifact": str(fallback) if fallback is not None else None,
         }
-        done = await self._perform(_Work("check", args, timeout_s, lambda _: True), alone=alone)
+        done = await self._workers.perform(Work("check", args, timeout_s, lambda _: True), alone=alone)
         return CheckOutcome(done.reply["verdict"], done.reply["max_error"], done.reply["message"])
 
     async def _models(
@@ -277,143 +179,8 @@ class WorkerFleet:
             "budget_s": MODELS_BUDGET_S,
             "seed": seed,
         }
-        done = await self._perform(_Work("measure_models", args, MODELS_TIMEOUT_S, lambda _: True), alone=True)
+        done = await self._workers.perform(Work("measure_models", args, MODELS_TIMEOUT_S, lambda _: True), alone=True)
         return ModelMeasurement(**done.reply)
-
-    async def _perform(self, work: _Work, *, alone: bool) -> _Done:
-        """One request, tried again once when its worker was lost: elsewhere, or alone where faults spread."""
-        try:
-            return await self._turn(work, alone=alone)
-        except _Lost as lost:
-            if self._stopping:
-                raise ConflictError("the measurement workers are being stopped") from None
-            log.warning("%s; trying once more", lost)
-        try:
-            if alone or not self._provider.faults_spread:
-                return await self._turn(work, alone=alone, first=True)
-            async with self.exclusive(first=True):
-                return await self._turn(work, alone=True)
-        except _Lost as lost:
-            raise TrialFailed(lost.kind, f"twice: {lost}") from None
-
-    async def _turn(self, work: _Work, *, alone: bool, first: bool = False) -> _Done:
-        slot = await self._turns.take(work.accepts, within_alone=alone, first=first)
-        # A task of its own: when the caller is cancelled the worker is not killed for it, but finishes and comes back.
-        activity = _Activity(slot)
-        task = asyncio.create_task(self._request(slot, work, activity, alone))
-        for group in (self._requests, self._requests_alone) if alone else (self._requests,):
-            group.add(task)
-            task.add_done_callback(group.discard)
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        done = await asyncio.shield(task)
-        if self._provider.faults_spread and done.neighbours:
-            self._settling.add(activity)
-            try:
-                await asyncio.sleep(_SETTLE_S)
-            finally:
-                self._settling.discard(activity)
-        if activity.void:
-            raise _Lost(FailureKind.WORKER_LOST, "a neighbour's fault made the measurement void")
-        return done
-
-    async def _request(self, slot: WorkerSlot, work: _Work, activity: _Activity, alone: bool) -> _Done:
-        name = f"measure-{slot.partition.index}"
-        try:
-            child = slot.child
-            if child is None or not slot.ready:
-                raise _Lost(FailureKind.WORKER_LOST, f"{name} ended before it was asked")
-            slot.state = "measuring"
-            self._running.add(activity)
-            for other in self._running:
-                other.neighbours = max(other.neighbours, len(self._running) - 1)
-            with self._holding(work, alone):
-                reply = await child.request(work.op, work.args, work.timeout_s, kill=False)
-            return _Done(reply, slot, slot.sm_count_seen, slot.affinity, activity.neighbours)
-        except ChildTimeout:
-            self._repair(slot)
-            raise TrialFailed(FailureKind.RUN_TIMEOUT, f"it did not end within {work.timeout_s:g} s") from None
-        except ChildDied as died:
-            self._fault(slot)
-            raise _Lost(_kind_of_exit(died.code), f"{name} ended ({describe_exit(died.code)})") from None
-        except ChildError as error:
-            if error.kind == _DEVICE_FAULT:
-                self._fault(slot)
-                raise _Lost(FailureKind.RUN_ERROR, str(error)) from None
-            raise TrialFailed(_kind_of_error(error.kind), str(error)) from None
-        finally:
-            self._running.discard(activity)
-            if slot.state == "measuring":
-                slot.state = "idle"
-            self._turns.give(slot)
-
-    def _holding(self, work: _Work, alone: bool) -> contextlib.AbstractContextManager[None]:
-        if alone:
-            return self._gate.promoting()
-        return self._gate.measuring() if work.op == "measure" else contextlib.nullcontext()
-
-    # Faults
-
-    def _fault(self, slot: WorkerSlot) -> None:
-        """A worker ended by itself: replace it, and its neighbours where faults spread."""
-        if not slot.ready or self._stopping:
-            return
-        self._repair(slot)
-        if self._provider.faults_spread:
-            self._void_all()
-
-    def _device_lost(self) -> None:
-        log.warning("all measurement workers of %s are lost; starting them again", self._provider.device.model)
-        self._void_all()
-
-    def _void_all(self) -> None:
-        for activity in self._running | self._settling:
-            activity.void = True
-        for slot in self._slots:
-            self._repair(slot)
-
-    def _repair(self, slot: WorkerSlot) -> None:
-        if not slot.ready or self._stopping:
-            return
-        slot.state = "starting"
-        self._turns.withdraw(slot)
-        repair = asyncio.create_task(self._bring_back(slot))
-        self._repairs.add(repair)
-        repair.add_done_callback(self._repairs.discard)
-
-    async def _bring_back(self, slot: WorkerSlot) -> None:
-        """Stop what is left of the worker and start another, for as long as it takes."""
-        child, slot.child = slot.child, None
-        if child is not None:
-            try:
-                untouched = await self._provider.stop_worker(child)
-            except asyncio.CancelledError:
-                child.kill()
-                raise
-            if not untouched and self._provider.faults_spread:
-                self._void_all()
-        loop = asyncio.get_running_loop()
-        began, delay_s = loop.time(), 0.1
-        while True:
-            try:
-                await self._fill(slot)
-                return
-            except Exception as error:  # whatever it is, the capacity has to come back
-                slot.state = "lost"
-                log.warning("%s; trying again in %.1f s", error, delay_s)
-                if self.capacity == 0 and loop.time() - began > _UNUSABLE_AFTER_S:
-                    self._turns.fail(UnavailableError(f"no measurement worker can be started: {error}"))
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, _LONGEST_RETRY_S)
-
-    async def _fill(self, slot: WorkerSlot) -> None:
-        child = await slot.start(self._spawner, self._provider)
-        child.exited.add_done_callback(lambda _: self._ended(slot, child))
-        self._turns.offer(slot)
-
-    def _ended(self, slot: WorkerSlot, child: Child) -> None:
-        if slot.child is child and slot.state == "idle" and not self._stopping:
-            log.warning("measure-%d ended while idle (%s)", slot.partition.index, describe_exit(child.exited.result()))
-            self._fault(slot)
 
 
 class Alone:
@@ -441,15 +208,3 @@ class Alone:
         """As :meth:`WorkerFleet.measure_models`."""
         async with self._lock:
             return await self._fleet._models(baseline, tuned, args_info, rounds, seed)
-
-
-def _kind_of_exit(code: int | None) -> FailureKind:
-    """SIGKILL comes from outside (an operator, the kernel short of memory); other ends are the candidate's doing."""
-    return FailureKind.WORKER_LOST if code in (None, -signal.SIGKILL) else FailureKind.RUN_ERROR
-
-
-def _kind_of_error(kind: str) -> FailureKind:
-    try:
-        return FailureKind(kind)
-    except ValueError:
-        return FailureKind.RUN_ERROR
