@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tuner_client.embedded import EmbeddedServer, connect_or_start
 from tuner_core.errors import TunerError
 from tuner_core.transport import channel as transport
-from tuner_core.transport.options import ConnectionOptions
+from tuner_core.transport.options import ConnectionOptions, read_token
 
 if TYPE_CHECKING:
     import grpc
@@ -49,7 +50,7 @@ class Connection:
         options = self._named
         if options is None:
             address, self._server = connect_or_start(self._data_dir, self._arguments)
-            options = ConnectionOptions(address)
+            options = ConnectionOptions(_reachable(address), token=read_token(None, os.environ))
         self._options = options
         self._channel = transport.open_channel(options)
         self._bind()
@@ -132,3 +133,8 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _reachable(address: str) -> str:
+    """Where a server of this host answers that listens on ``address``, which may stand for every interface."""
+    return address.replace("0.0.0.0:", "127.0.0.1:").replace("[::]:", "[::1]:")

@@ -27,6 +27,9 @@ _HOLDER_STARTING_S = 5.0
 class EmbeddedServer:
     """A ``tuner-server`` process that belongs to this one: it ends when this process does, however that ends.
 
+    The kernel ties it to the thread that makes it (prctl(2), PR_SET_PDEATHSIG), so that
+    must not end before it is stopped.
+
     Args:
         data_dir: Its data directory.
         arguments: More of its command-line arguments.
@@ -123,7 +126,9 @@ class EmbeddedServer:
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(timeout_s)
-        except BaseException:  # too slow, or a second Ctrl-C
+        except subprocess.TimeoutExpired:
+            self.kill()
+        except BaseException:  # a second Ctrl-C
             self.kill()
             raise
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.client_process import client, start_client, wait_for
-from tests.integration.tiny_models import write_nothing_to_tune, write_open_shape, write_tiny_cnn
+from tests.integration.tiny_models import write_open_shape, write_tiny_cnn
 from tuner_core.datadir import read_holder
 
 
@@ -66,24 +66,12 @@ def test_a_job_survives_the_death_of_its_local_server_and_ctrl_c_and_resumes(tmp
     assert document["trials"]["measured"] == 48
 
 
-def test_a_model_with_nothing_to_tune_is_done_and_still_built(tmp_path: Path) -> None:
-    model, output = tmp_path / "relu.onnx", tmp_path / "relu.so"
-    write_nothing_to_tune(model)
-    run = client("tune", str(model), "--output", str(output), "--json", data_dir=tmp_path, timeout_s=120)
-    assert run.returncode == 0, run.stderr
-    document = json.loads(run.stdout)
-    assert document["status"] == "done"
-    assert document["trials"]["measured"] == 0
-    assert all(task["state"] in ("skipped", "fallback") for task in document["tasks"])
-    assert output.stat().st_size > 0
-
-
-@pytest.mark.parametrize("kind", ["empty", "truncated", "text", "open"])
+@pytest.mark.parametrize("kind", ["truncated", "open"])
 def test_a_bad_model_is_one_line_before_any_server_starts(tmp_path: Path, kind: str) -> None:
     model = tmp_path / "bad.onnx"
     write_tiny_cnn(model)
     whole = model.read_bytes()
-    model.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"not a model"}.get(kind, b""))
+    model.write_bytes(whole[: len(whole) // 2])
     if kind == "open":
         write_open_shape(model)
     run = client("tune", str(model), "--json", data_dir=tmp_path)

@@ -141,6 +141,7 @@ def test_the_exit_code_says_how_the_job_ended(tmp_path: Path, end: str, code: in
     assert run.returncode == code, run.stderr
     assert f"tiny: {end}" in run.stdout
     assert "Traceback" not in run.stdout + run.stderr
+    assert run.stderr == ("error: the scripted reason\n" if end == "failed" else "")
 
 
 def test_without_a_terminal_progress_is_plain_lines_and_the_table_has_everything(tmp_path: Path) -> None:

@@ -10,23 +10,24 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def write_tiny_cnn(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """A convolution, a ReLU and a matrix product, from 1x3x14x14 to 1x16.
+    """A convolution, a ReLU, an average and a matrix product, from 1x16x28x28 to 1x16.
 
     Returns:
         Its weights by name.
     """
     rng = np.random.default_rng(seed)
     weights = {
-        "kernel": rng.standard_normal((8, 3, 3, 3)).astype("float32"),
-        "dense": rng.standard_normal((8 * 14 * 14, 16)).astype("float32"),
+        "kernel": (rng.standard_normal((32, 16, 3, 3)) / 12).astype("float32"),
+        "dense": rng.standard_normal((32, 16)).astype("float32"),
     }
     nodes = [
         helper.make_node("Conv", ["x", "kernel"], ["conv"], pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["conv"], ["relu"]),
-        helper.make_node("Flatten", ["relu"], ["flat"]),
+        helper.make_node("GlobalAveragePool", ["relu"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
         helper.make_node("MatMul", ["flat", "dense"], ["y"]),
     ]
-    _save(path, nodes, [1, 3, 14, 14], [1, 16], weights)
+    _save(path, nodes, [1, 16, 28, 28], [1, 16], weights)
     return weights
 
 

@@ -11,6 +11,7 @@ from tuner_client.cli.ending import INTERRUPTED, print_document
 from tuner_client.cli.session import Session
 from tuner_client.job import DETACHED, JobReport
 from tuner_client.render.tasks import final_view
+from tuner_core.errors import ExitCode
 from tuner_core.model import JobState
 
 
@@ -38,6 +39,8 @@ def run_job(session: Session, client: Client, work: Callable[[], JobReport]) -> 
         session.show(final_view(report))
         if report.outputs_match is False:
             click.echo("warning: the tuned model's outputs differ from the untuned one's: do not use it", err=True)
+    if report.error and report.exit_code is ExitCode.FAILED:
+        click.echo(f"error: {' '.join(report.error.split())}", err=True)
     return int(report.exit_code)
 
 

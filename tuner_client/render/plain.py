@@ -58,7 +58,7 @@ class PlainProgress:
         if self._lost:
             self._lost = False
             self._line("connected again")
-        if self._first:
+        if self._first and (report.sm_count or report.ended):
             self._first = False
             budget = f", {units.count(report.budget, 'trial')}" if report.budget else ""
             self._line(f"{where(report)}: {units.count(len(report.tasks), 'operator')}{budget}")

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from tuner_client.job import DETACHED, JobReport, TaskReport
 from tuner_client.render import units
-from tuner_core.model import JobState, TaskState
+from tuner_core.errors import ExitCode
+from tuner_core.model import TaskState
 
 _STYLES = {
     TaskState.PENDING: "dim",
@@ -20,13 +21,14 @@ _STYLES = {
     TaskState.FAILED: "bold red",
     TaskState.SKIPPED: "dim",
 }
+_TICKED = (TaskState.TUNED, TaskState.REUSED)
 _JOB_STYLES = {"done": "bold green", "partly": "bold yellow", "failed": "bold red", "cancelled": "bold yellow"}
 
 
 def state_text(task: TaskReport) -> Text:
     """A task's state in its colour; a verified result is ticked."""
     word = "waiting" if task.state is TaskState.PENDING else task.state.value
-    if task.verified and task.state in (TaskState.TUNED, TaskState.REUSED):
+    if task.verified and task.state in _TICKED:
         word += " ✓"
     return Text(word, style=_STYLES[task.state])
 
@@ -93,7 +95,7 @@ def final_view(report: JobReport) -> RenderableType:
                 _match_text(report),
             )
         parts += [table, Text()]
-        if any(task.verified for task in shown):
+        if any(task.verified and task.state in _TICKED for task in shown):
             parts.append(Text("✓ measured again alone on the device, output checked", style="dim"))
     parts += [Text(line) for line in failure_lines(report)]
     parts.append(summary(report))
@@ -138,10 +140,8 @@ def summary(report: JobReport) -> Text:
     text = Text()
     text.append(f"{report.model or report.job}: ", style="bold")
     text.append(report.status, style=_JOB_STYLES.get(report.status, "bold"))
-    if report.error and report.status in (JobState.DONE, JobState.PARTLY):
+    if report.error and report.exit_code is not ExitCode.FAILED:
         text.append(f"\nnote: {report.error}")
-    elif report.error:
-        text.append(f": {report.error}")
     states = [f"{report.count(state)} {state.value}" for state in TaskState if state.final and report.count(state)]
     operators = units.count(len(report.tasks), "operator")
     if report.status == DETACHED:
