@@ -217,7 +217,7 @@ def test_waiting_for_a_worker_is_not_part_of_the_deadline(
     runner: asyncio.Runner, fleet: WorkerFleet, library: dict[str, Path]
 ) -> None:
     async def check() -> None:
-        await asyncio.gather(*(fleet.measure(slow(library["slow"], timeout_s=1.5)) for _ in range(10)))
+        await asyncio.gather(*(fleet.measure(slow(library["slow"], timeout_s=2.0)) for _ in range(12)))
 
     runner.run(check())
 

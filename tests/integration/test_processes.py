@@ -72,9 +72,9 @@ def test_time_spent_paused_is_not_part_of_a_deadline(runner: asyncio.Runner, spa
     async def check() -> None:
         child = await spawner.spawn("odd", {}, name="pause")
         child.pause()
-        request = asyncio.create_task(child.request("work", {"cpu_s": 0.1}, timeout_s=1.5))
+        request = asyncio.create_task(child.request("work", {"cpu_s": 0.1}, timeout_s=2.5))
         assert await until(lambda: state(child.pid) == "T"), "the process was not stopped"
-        await asyncio.sleep(2.0)  # longer than the deadline
+        await asyncio.sleep(2.8)  # longer than the deadline
         assert not request.done()
         child.resume()
         assert await request == {}
