@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tuner_client.model.fold import fold_constants
 from tuner_client.model.load import one_line
 from tuner_core.compiler.describe import worth_trials
 from tuner_core.compiler.lift import lift_constants
@@ -117,7 +118,7 @@ def _lower(module: IRModule, target: Target) -> IRModule:
     )
     try:
         with target, shield, PassContext(opt_level=3):
-            return relax.get_pipeline("zero")(passes(module))
+            return relax.get_pipeline("zero")(fold_constants(passes(module)))
     except Exception as error:  # TVM's errors have no common base
         raise ModelError(f"TVM cannot lower this model for {target.kind.name}: {one_line(error)}") from error
 
