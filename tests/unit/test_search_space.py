@@ -93,10 +93,10 @@ def test_a_child_takes_each_knob_from_one_of_its_parents(space: DesignSpace) -> 
     assert all(value in pair for value, pair in zip(child, zip(POINT, other, strict=True), strict=True))
 
 
-def test_features_have_the_width_that_the_space_announces_and_differ_between_points(space: DesignSpace) -> None:
+def test_features_have_a_name_each_and_differ_between_points(space: DesignSpace) -> None:
     rng = random.Random(3)
     rows = {tuple(space.features(space.redraw(POINT, rng))) for _ in range(50)}
-    assert {len(row) for row in rows} == {space.width}
+    assert {len(row) for row in rows} == {len(space.feature_names)} == {len(set(space.feature_names))}
     assert len(rows) > 40
 
 
@@ -122,4 +122,19 @@ def test_failed_trials_rank_last(space: DesignSpace) -> None:
     base = space.redraw(POINT, rng)
     working, failing = (*base[:4], 2, base[5]), (*base[:4], 0, base[5])
     scores = model.predict([(space, working), (space, failing)])
+    assert scores[0] > scores[1]
+
+
+def test_what_is_learned_in_one_sketch_ranks_points_of_another(space: DesignSpace) -> None:
+    trace = copy.deepcopy(TRACE)
+    trace[0].insert(9, ["ReverseComputeAt", ["b0", "l2"], [1, -1], []])
+    trace[1][-1][0] = 10
+    sibling = DesignSpace(1, trace)
+    assert sibling.point_of(trace) == POINT
+    rng = random.Random(6)
+    points = [space.redraw(POINT, rng) for _ in range(80)]
+    model = CostModel([space, sibling], rounds=40)
+    model.train([(space, point, 100.0 / point[1][-1]) for point in points], seed=0)  # type: ignore[index]
+    wide, narrow = (4, 1, 1, 16), (16, 4, 1, 1)
+    scores = model.predict([(sibling, (POINT[0], tile, *POINT[2:])) for tile in (wide, narrow)])
     assert scores[0] > scores[1]

@@ -22,19 +22,17 @@ class CostModel:
     """Trained anew from all trials when asked to; cheap enough for that at a few thousand of them.
 
     Args:
-        spaces: The task's design spaces; each has its own columns, absent ones are missing values.
+        spaces: The task's design spaces. Features of equal name share a column; those that a space lacks are missing.
         rounds: Trees.
     """
 
     def __init__(self, spaces: Sequence[DesignSpace], rounds: int) -> None:
         self._rounds = rounds
         self._booster: Any = None
-        self._columns: dict[int, slice] = {}
-        end = 1
-        for space in spaces:
-            self._columns[space.index] = slice(end, end + space.width)
-            end += space.width
-        self._width = end
+        names = {name: None for space in spaces for name in space.feature_names}
+        column = {name: index for index, name in enumerate(names, start=1)}  # the first one says which space
+        self._columns = {space.index: [column[name] for name in space.feature_names] for space in spaces}
+        self._width = 1 + len(column)
 
     @property
     def trained(self) -> bool:
@@ -73,7 +71,7 @@ class CostModel:
         )
         parameters = {
             "max_depth": 5,
-            "eta": 0.25,
+            "eta": 0.15,
             "min_child_weight": 0.0,
             "subsample": 0.9,
             "colsample_bytree": 0.7,

@@ -41,7 +41,7 @@ class SearchSettings:
     generations: int = 3
     epsilon: float = 0.1
     random_first: int = 16
-    boost_rounds: int = 40
+    boost_rounds: int = 60
     known_limit: int = 2000
     attempts_per_candidate: int = 64
     repeats_to_exhaust: int = 64

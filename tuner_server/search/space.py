@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,8 @@ class DesignSpace:
     Attributes:
         signature: Equal for two traces exactly when they are of the same space.
         knobs: What may be decided.
-        width: Number of :meth:`features`.
+        feature_names: Of :meth:`features`. Sketches of one operator share names: what is learned from one holds for
+            the other.
     """
 
     def __init__(self, index: int, trace: Sequence[Any]) -> None:
@@ -95,9 +97,23 @@ class DesignSpace:
         knobs = (_knob_of(position, instruction) for position, instruction in enumerate(instructions))
         self.knobs = tuple(knob for knob in knobs if knob is not None)
         self._weights = [_WEIGHTS[knob.kind] for knob in self.knobs]
-        depths = {knob.levels for knob in self.knobs if knob.levels}
-        self._sums = {(depth, level): 0.0 for depth in sorted(depths) for level in range(depth)}
-        self.width = sum(2 * knob.levels if knob.levels else 1 for knob in self.knobs) + len(self._sums)
+        self._depths = sorted({knob.levels for knob in self.knobs if knob.levels})
+        self.feature_names = tuple(self._feature_names())
+
+    def _feature_names(self) -> Iterator[str]:
+        counts: Counter[tuple[str, int]] = Counter()
+        for knob in self.knobs:
+            number = counts[knob.kind, knob.levels]
+            counts[knob.kind, knob.levels] += 1
+            if knob.levels:
+                for level in range(knob.levels - 1, -1, -1):
+                    yield f"tile{knob.levels}.{number}.{level}"
+                    yield f"tile{knob.levels}.{number}.{level}.inner"
+            else:
+                yield f"{knob.kind}.{number}"
+        for depth in self._depths:
+            for level in range(depth):
+                yield f"tile{depth}.sum.{level}"
 
     def point_of(self, trace: Sequence[Any]) -> Point | None:
         """The point that a trace took in this space.
@@ -130,7 +146,7 @@ class DesignSpace:
         a thread block's size, which no single knob shows.
         """
         row: list[float] = []
-        sums = dict(self._sums)
+        sums = {(depth, level): 0.0 for depth in self._depths for level in range(depth)}
         for knob, value in zip(self.knobs, point, strict=True):
             if isinstance(value, tuple):
                 inner = 0.0
