@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tuner_client.job import DETACHED, JobReport, job_report
 from tuner_client.progress import Progress, Silent
 from tuner_client.request import TuneRequest, check_model_path, check_output, check_sm_percent
-from tuner_core.datadir import default_data_dir
+from tuner_core.datadir import default_data_dir, read_holder
 from tuner_core.errors import ConflictError, DeadlineError, UnavailableError, UsageError
 from tuner_core.model import JobState
 from tuner_core.store.interface import Page, RecordFilter
@@ -103,7 +103,8 @@ class Client:
         if self._connection is None:
             from tuner_client.connection import Connection
 
-            what = f"connecting to {self._options.address}" if self._options else "starting the local server"
+            running = read_holder(self._data_dir) if self._options is None else self._options
+            what = f"connecting to {running.address}" if running else "starting the local server"
             with self._progress.step(what):
                 self._connection = Connection(self._options, self._data_dir, self._server_arguments)
         return self._connection
@@ -189,15 +190,18 @@ class Client:
         spec = job_spec(request, prepared, digest=digest, target_json=target_json)
         message = tuning_pb2.SubmitJobRequest(spec=spec)
         with self._progress.step("submitting the job"):
+            moved = False
             for pause_s in (*_SUBMIT_PAUSES_S, None):
                 try:
                     response = self.connection.call(self.connection.tuning.SubmitJob, message, SUBMIT_TIMEOUT_S)
+                    if moved:  # a local server does not go on by itself with what another one had taken in
+                        self.resume(response.job)
                     return str(response.job)
                 except UnavailableError:  # the same request_id gives the same job
                     if pause_s is None:
                         raise
                     time.sleep(pause_s)
-                    self.connection.reopen()
+                    moved = self.connection.reopen() or moved
         raise AssertionError("unreachable")
 
     def watch(

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,6 +55,7 @@ class EmbeddedServer:
                         *("--data-dir", str(data_dir), "--ready-fd", str(writer)),
                         *("--exit-with-parent", str(os.getpid()), *arguments),
                     ],
+                    env=_server_environment(os.environ),
                     pass_fds=[writer],
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
@@ -137,6 +138,15 @@ class EmbeddedServer:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+
+
+def _server_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a local server inherits: not the client's TLS and token variables, which mean something else to a server."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(("TUNER_TLS_", "TUNER_TOKEN")) and name != "TUNER_LISTEN"
+    }
 
 
 def _open_log(path: Path, data_dir: Path) -> BinaryIO:

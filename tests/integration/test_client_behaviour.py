@@ -448,3 +448,12 @@ def test_a_data_directory_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     run = client("jobs", "--data-dir", str(tmp_path / "file"), data_dir=tmp_path)
     assert "cannot write the data directory" in one_error_line(run.stderr)
     assert run.returncode == 1
+
+
+def test_the_clients_tls_variables_do_not_turn_a_local_server_into_a_tls_server(tmp_path: Path) -> None:
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / name).write_text("not a certificate")
+    tls = {"TUNER_TLS_CA": "ca.pem", "TUNER_TLS_CERT": "cert.pem", "TUNER_TLS_KEY": "key.pem"}
+    run = client("jobs", "--json", data_dir=tmp_path, **tls)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == {"jobs": []}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+from click.core import ParameterSource
 
 from tuner_client.cli.ending import environment_server
 from tuner_core.datadir import default_data_dir
@@ -130,6 +131,11 @@ def _duplicate(stream: TextIO) -> TextIO:
     return os.fdopen(number, "w", encoding=stream.encoding, errors="replace", buffering=1)
 
 
+def _on_command_line(*names: str) -> bool:
+    context = click.get_current_context()
+    return any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in names)
+
+
 def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of every command; the function gets a :class:`Session` as ``session``."""
 
@@ -166,7 +172,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 token=read_token(token_file, os.environ),
                 insecure=insecure,
             )
-        elif tls or tls_ca or tls_cert or tls_key or token_file:
+        elif _on_command_line("tls", "tls_ca", "tls_cert", "tls_key", "token_file"):
             raise UsageError("TLS and token options are for a server that is named: give --server HOST:PORT")
         session = Session(connection, (data_dir or default_data_dir()).absolute(), as_json, debug, reconnect_s)
         try:

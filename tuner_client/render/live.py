@@ -129,7 +129,8 @@ class _JobView:
             numbers.append(f"  {report.reused} reused")
         if report.failed:
             numbers.append(f"  {report.failed} failed", style="red")
-        numbers.append(f"  {units.rate(self._pace.trials_per_s(report))}", style="cyan")
+        if pace := self._pace.trials_per_s(report):
+            numbers.append(f"  {units.rate(pace)}", style="cyan")
         left = self._pace.left_s(report)
         if left is not None:
             numbers.append(f"  {units.duration(left)} left")
