@@ -96,6 +96,9 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     roles = json.loads(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops its children in order
+    # tvm_ffi imports torch where it is installed, and asks it for GPUs: that initialises CUDA, which then fails with
+    # cudaErrorInitializationError in every fork. No role needs torch.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     from tuner_core.compiler.tvm_setup import load_tvm
 
     version = load_tvm(intrinsics=True)
