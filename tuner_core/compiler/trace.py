@@ -11,6 +11,7 @@ from tuner_core.errors import InvalidRecordError
 if TYPE_CHECKING:
     from tvm.ir import IRModule
     from tvm.s_tir import Schedule
+    from tvm.s_tir.schedule import Trace
 
 
 def trace_to_json(schedule: Schedule) -> str:
@@ -24,7 +25,16 @@ def trace_to_json(schedule: Schedule) -> str:
     """
     if schedule.trace is None:
         raise InvalidRecordError("this schedule was made without a trace")
-    return json.dumps(schedule.trace.as_json(), separators=(",", ":"), default=_constant)
+    return trace_json(schedule.trace)
+
+
+def trace_json(trace: Trace) -> str:
+    """JSON of a trace, see :func:`trace_to_json`. TVM's own conversion in Python refuses what tensor cores need.
+
+    Args:
+        trace: A schedule's trace.
+    """
+    return json.dumps(trace.as_json(), separators=(",", ":"), default=_constant)
 
 
 def apply_trace(mod: IRModule, trace_json: str) -> Schedule:
@@ -61,11 +71,14 @@ def is_empty(trace_json: str) -> bool:
 
 
 def _constant(value: Any) -> Any:
-    """The number in one of TVM's constants; JSON knows nothing else that a trace may hold."""
+    """The number in one of TVM's constants; for the map of a layout TVM's JSON of it, as TVM's databases hold it."""
+    import tvm
     from tvm import tirx
 
     if isinstance(value, tirx.IntImm | tirx.FloatImm):
         return value.value
+    if isinstance(value, tirx.IndexMap):
+        return tvm.ir.save_json(value)
     raise InvalidRecordError(f"a trace holds a {type(value).__name__}, which is no JSON value")
 
 

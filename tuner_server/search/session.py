@@ -23,6 +23,7 @@ from tvm.s_tir.schedule import Instruction, Trace
 from tvm.target import Target
 
 from tuner_core.compiler.guard import load_workload
+from tuner_core.compiler.trace import trace_json
 from tuner_core.model import sha256_hex
 from tuner_server.search.cost_model import CostModel
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
@@ -60,7 +61,6 @@ class SearchSession:
         self._rng = random.Random(seed)
         self._mod = load_workload(body)
         self._target = Target(json.loads(target_json))
-        self._workload = ms.database.Workload(self._mod)
         with self._target:
             context = ms.TuneContext(
                 self._mod,
@@ -77,7 +77,7 @@ class SearchSession:
         self._spaces: list[DesignSpace] = []
         for index, sketch in enumerate(sketches):
             self._instructions.append(list(sketch.trace.insts))
-            self._spaces.append(DesignSpace(index, self._trace_json(sketch.trace)))
+            self._spaces.append(DesignSpace(index, json.loads(trace_json(sketch.trace))))
         self._model = CostModel(self._spaces, self._settings.boost_rounds)
         self._trials: list[tuple[DesignSpace, Point, float | None]] = []
         self._trained_on = 0
@@ -244,16 +244,13 @@ class SearchSession:
         except Exception as error:  # a ScheduleError, or a check inside a primitive
             self._rejections[type(error).__name__] += 1
             return None
-        parsed = self._trace_json(schedule.trace)
+        text = trace_json(schedule.trace)
         return _Applied(
-            json.dumps(parsed, separators=(",", ":")),
+            text,
             space,
-            space.point_of(parsed),
+            space.point_of(json.loads(text)),
             tvm_ffi.structural_hash(schedule.mod),
         )
-
-    def _trace_json(self, trace: Any) -> Any:
-        return ms.database.TuningRecord(trace, self._workload, [1.0], self._target, []).as_json()[0]
 
 
 def _with_limit(instruction: Any, knob: Knob, limit: Any) -> Any:
