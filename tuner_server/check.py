@@ -64,6 +64,7 @@ async def run_checks(config: ServerConfig) -> list[Finding]:
         )
         findings.extend(Finding("device", True, note) for note in engine.notes)
         findings.append(Finding("partitions", True, ", ".join(str(kind) for kind in engine.partition_kinds)))
+        findings.extend(Finding("partitions", True, line) for line in engine.provider.describe())
         findings.append(Finding("target", True, engine.target_json))
         for worker in engine.workers():
             text = f"{worker.kind} {worker.sm_percent} %: sees {worker.sm_count_seen} {unit}"

@@ -50,6 +50,7 @@ def test_shares_are_planned_within_100_percent(gpu: GpuInfo, tmp_path: Path) -> 
     async def body() -> None:
         async with provider(gpu, tmp_path / "mps") as partitions:
             assert partitions.device.sm_count == 132
+            assert "SMs seen: 12 at 10 %, 32 at 25 %, 66 at 50 %, 132 at 100 %" in partitions.describe()
             plan = partitions.plan(25, 4)
             assert [part.expected_sm_count for part in plan] == [32] * 4
             assert len(partitions.plan(25)) == 4

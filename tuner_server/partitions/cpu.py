@@ -44,6 +44,10 @@ class CpuPartitions:
         """Cores only."""
         return (PartitionKind.CPU,)
 
+    def describe(self) -> tuple[str, ...]:
+        """Nothing to add to the number of cores."""
+        return ()
+
     async def start(self) -> None:
         """Nothing to do: cores are always there."""
 

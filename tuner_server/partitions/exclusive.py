@@ -58,6 +58,10 @@ class ExclusivePartitions:
         """Exclusive only."""
         return (PartitionKind.EXCLUSIVE,)
 
+    def describe(self) -> tuple[str, ...]:
+        """Why there is one worker only."""
+        return (f"one exclusive worker: {self._reason}",)
+
     async def start(self) -> None:
         """Take the GPU and ask it what it is.
 

@@ -64,6 +64,10 @@ class PartitionProvider(Protocol):
         """
         ...
 
+    def describe(self) -> tuple[str, ...]:
+        """Lines for people on how the device is shared, for ``tuner-server check``; call it after :meth:`start`."""
+        ...
+
     async def start(self) -> None:
         """Make the device ready for workers, e.g. start a control daemon.
 

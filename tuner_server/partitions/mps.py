@@ -78,6 +78,17 @@ class MpsPartitions:
         """MPS shares; 100 % is one of them."""
         return (PartitionKind.MPS,)
 
+    def describe(self) -> tuple[str, ...]:
+        """The daemon, and the SM counts that were read back."""
+        whose = "the operator's" if self.daemon.external else f"own, pid {self.daemon.pid}"
+        lines = [f"MPS control daemon ({whose}) answers, pipes in {self.daemon.pipe_directory}"]
+        if self._shares is not None:
+            seen = ", ".join(f"{count} at {share} %" for share, count in sorted((self._shares.seen or {}).items()))
+            lines.append(f"SMs seen: {seen}, {self._shares.total} at 100 %")
+        if not self._limits_memory:
+            lines.append("MPS does not limit device memory here: only a worker's own arguments are limited")
+        return tuple(lines)
+
     # Life
 
     async def start(self) -> None:

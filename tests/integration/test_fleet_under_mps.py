@@ -1,0 +1,98 @@
+"""A fleet whose partitions come from MPS: the daemon is a stand-in, the workers are real ones on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import kernels
+from tuner_core.model import FailureKind
+from tuner_server.gpu.inventory import GpuInfo
+from tuner_server.gpu.lock import LOCK_DIRECTORY
+from tuner_server.measure.fleet import WorkerFleet
+from tuner_server.measure.gate import CoreGate
+from tuner_server.partitions.interface import Partition
+from tuner_server.partitions.mps import MpsPartitions
+from tuner_server.processes.spawner import Spawner
+from tuner_server.trial import TrialFailed
+
+STANDIN = Path(__file__).parents[1] / "gpu_standin"
+CPU = '{"kind": "llvm"}'
+
+
+class OnTheCpu(MpsPartitions):
+    """Its daemon, plans and stops are those of MPS; a worker measures on one core."""
+
+    def plan_shares(self, shares: Sequence[int]) -> list[Partition]:
+        core = min(os.sched_getaffinity(0))
+        return [
+            dataclasses.replace(part, tvm_device="cpu:0", expected_sm_count=1, affinity=(core,))
+            for part in super().plan_shares(shares)
+        ]
+
+
+@contextlib.asynccontextmanager
+async def two_workers(directory: Path) -> AsyncIterator[tuple[WorkerFleet, OnTheCpu]]:
+    gpu = GpuInfo(0, f"GPU-{uuid.uuid4()}", "NVIDIA H200", "sm_90", 139 << 30, "default", False, "580", "13.0")
+    spawner = Spawner(directory / "logs")
+    probe = (sys.executable, str(STANDIN / "mps_client.py"), "probe")
+    provider = OnTheCpu(gpu, directory / "mps", control=str(STANDIN / "nvidia-cuda-mps-control"), probe=probe)
+    fleet = WorkerFleet(spawner, provider, CoreGate(spare=True))
+    await spawner.start()
+    try:
+        await provider.start()
+        await fleet.start(provider.plan(50, 2))
+        yield fleet, provider
+    finally:
+        await fleet.stop()
+        await provider.stop()
+        await spawner.stop()
+        (LOCK_DIRECTORY / f"tuner-{gpu.uuid}.lock").unlink()
+
+
+async def all_back(fleet: WorkerFleet) -> set[int]:
+    while fleet.capacity < 2:
+        await asyncio.sleep(0.01)
+    return {worker.pid for worker in fleet.workers()}
+
+
+def test_all_workers_return_after_the_daemons_death_and_no_trial_is_lost(tmp_path: Path) -> None:
+    good, slow = (kernels.build(name, tmp_path, CPU) for name in ("good", "slow"))
+
+    async def body() -> None:
+        async with two_workers(tmp_path) as (fleet, provider):
+            before = await all_back(fleet)
+            in_flight = asyncio.create_task(fleet.measure(kernels.request(slow, 60)))
+            while not any(worker.state == "measuring" for worker in fleet.workers()):
+                await asyncio.sleep(0.01)
+            assert provider.daemon.pid is not None
+            os.kill(provider.daemon.pid, signal.SIGKILL)
+            assert (await in_flight).median_us > 0  # void, and measured again
+            assert before.isdisjoint(await all_back(fleet))
+            assert await provider.daemon.healthy()
+            assert (await fleet.measure(kernels.request(good))).median_us > 0
+
+    asyncio.run(body())
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_neighbour_is_not(tmp_path: Path) -> None:
+    endless = kernels.build("endless", tmp_path, CPU)
+
+    async def body() -> None:
+        async with two_workers(tmp_path) as (fleet, _provider):
+            before = await all_back(fleet)
+            with pytest.raises(TrialFailed) as failure:
+                await fleet.measure(kernels.request(endless, 0.5))
+            assert failure.value.kind is FailureKind.RUN_TIMEOUT
+            assert len(before & await all_back(fleet)) == 1
+
+    asyncio.run(body())
