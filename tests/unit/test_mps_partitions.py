@@ -18,11 +18,13 @@ import pytest
 
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import PartitionKind
-from tuner_server.gpu.inventory import GpuInfo, choose_gpus, find_gpus
+from tuner_server.gpu.inventory import GpuInfo, Inventory, choose_gpus, find_gpus
 from tuner_server.gpu.lock import LOCK_DIRECTORY
 from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
+from tuner_server.partitions import select
 from tuner_server.partitions.exclusive import ExclusivePartitions
 from tuner_server.partitions.mps import MpsPartitions
+from tuner_server.processes.spawner import Spawner
 
 STANDIN = Path(__file__).parents[1] / "gpu_standin"
 PROBE = (sys.executable, str(STANDIN / "mps_client.py"), "probe")
@@ -233,3 +235,26 @@ def test_a_host_without_a_driver_has_no_gpu_and_says_so() -> None:
     with pytest.raises(TunerError, match=r"no GPU to use: .*NVIDIA driver"):
         choose_gpus(inventory, "cuda:0")
     assert choose_gpus(inventory, "auto") == ()
+
+
+def test_where_mps_refuses_to_start_the_server_goes_on_with_one_exclusive_worker(
+    gpu: GpuInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "find_gpus", lambda: Inventory((gpu,)))
+    monkeypatch.setenv("PATH", f"{STANDIN}:{os.environ['PATH']}")
+    directory = tmp_path / "mps" / gpu.uuid
+    directory.mkdir(parents=True)
+    (directory / "refuse-start").touch()
+    spawner = Spawner(tmp_path / "logs")
+
+    async def body() -> None:
+        provider, notes = await select.select_provider("auto", tmp_path, spawner)
+        assert isinstance(provider, ExclusivePartitions)
+        assert "one exclusive worker on NVIDIA H200: MPS does not work here (the MPS control daemon did not" in notes[0]
+        with pytest.raises(TunerError, match="no MPS control daemon answers"):
+            await select.select_provider("auto", tmp_path, spawner, mps="external")
+        monkeypatch.setenv("PATH", "/nowhere")
+        _, notes = await select.select_provider("cuda:0", tmp_path, spawner)
+        assert "nvidia-cuda-mps-control is not installed" in notes[0]
+
+    asyncio.run(body())

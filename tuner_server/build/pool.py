@@ -221,6 +221,7 @@ class BuildPool:
             "build",
             {"cubin_cache": str(self._scratch / "cubins")},
             name=next(name for index in itertools.count() if (name := f"build-{index}") not in taken),
+            env={"CUDA_VISIBLE_DEVICES": ""},  # a context made here by accident would disturb what is measured
             affinity=self._affinity,
             nice=self._nice,
         )

@@ -92,12 +92,14 @@ class MpsPartitions:
     # Life
 
     async def start(self) -> None:
-        """Start the daemon and read back what a few shares are granted.
+        """Start the daemon and read back what a few shares are granted. A second call does nothing.
 
         Raises:
             ConflictError: Another server holds the GPU.
             TunerError: The daemon does not start, or shares are not capped.
         """
+        if self._shares is not None:
+            return
         await self.daemon.start()
         try:
             self._facts = await self._ask(100)
@@ -126,6 +128,7 @@ class MpsPartitions:
 
     async def stop(self) -> None:
         """Stop the daemon, unless it is the operator's."""
+        self._shares = None
         await self.daemon.stop()
 
     # Partitions

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from tuner_core.errors import TunerError
+from tuner_core.errors import ConflictError, TunerError
 from tuner_server.gpu.inventory import choose_gpus, find_gpus
 from tuner_server.gpu.mps import find_control
 from tuner_server.partitions.cpu import CpuPartitions
@@ -27,14 +27,15 @@ async def select_provider(
         device: ``auto`` (a GPU if there is a usable one, else the CPU), ``cpu``, ``cuda:INDEX`` or ``cuda:UUID``.
         data_dir: The MPS daemon's files go below it.
         spawner: Starts the processes that a provider needs.
-        mps: ``auto``: an own daemon where MPS is installed; ``external``: the operator's; ``off``: one exclusive worker.
+        mps: ``auto``: an own daemon where MPS works; ``external``: the operator's; ``off``: one exclusive worker.
         oversubscribe: Allow shares that sum to more than 100.
 
     Returns:
-        The provider, not yet started, and lines for people on why it is this one.
+        The provider, to be started, and lines for people on why it is this one.
 
     Raises:
         UsageError: ``device`` is not a device.
+        ConflictError: Another server uses it.
         TunerError: There is no such device, or it cannot be used.
     """
     if device == "cpu":
@@ -53,8 +54,20 @@ async def select_provider(
         reason = "MPS is off"
     elif find_control() is None:
         reason = "nvidia-cuda-mps-control is not installed"
+        if mps == "external":
+            raise TunerError(f"{reason}: it is needed to use an operator's MPS daemon; or choose mps: off")
     else:
-        directory = data_dir / "mps" / gpu.uuid
-        return MpsPartitions(gpu, directory, external=mps == "external", oversubscribe=oversubscribe), tuple(notes)
+        shared = MpsPartitions(
+            gpu, data_dir / "mps" / gpu.uuid, external=mps == "external", oversubscribe=oversubscribe
+        )
+        try:
+            await shared.start()
+            return shared, tuple(notes)
+        except ConflictError:
+            raise
+        except TunerError as error:  # installed, but refused here: in a container, say
+            if mps == "external":
+                raise
+            reason = f"MPS does not work here ({error})"
     notes.append(f"one exclusive worker on {gpu.name}: {reason}")
     return ExclusivePartitions(gpu, reason), tuple(notes)

@@ -154,7 +154,12 @@ class SearchPool:
                 config = {"settings": self._settings.to_json()}
                 try:
                     slot.child = await self._spawner.spawn(
-                        "search", config, name=slot.name, affinity=self._affinity, nice=self._nice
+                        "search",
+                        config,
+                        name=slot.name,
+                        env={"CUDA_VISIBLE_DEVICES": ""},  # see tuner_server.build.pool
+                        affinity=self._affinity,
+                        nice=self._nice,
                     )
                 except ChildDied as error:
                     raise SearchLost(str(error)) from None
