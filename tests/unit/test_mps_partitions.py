@@ -242,7 +242,7 @@ def test_where_mps_refuses_to_start_the_server_goes_on_with_one_exclusive_worker
 ) -> None:
     monkeypatch.setattr(select, "find_gpus", lambda: Inventory((gpu,)))
     monkeypatch.setenv("PATH", f"{STANDIN}:{os.environ['PATH']}")
-    directory = tmp_path / "mps" / gpu.uuid
+    directory = tmp_path / "mps" / gpu.uuid[:12]
     directory.mkdir(parents=True)
     (directory / "refuse-start").touch()
     spawner = Spawner(tmp_path / "logs")

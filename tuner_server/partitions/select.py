@@ -58,7 +58,7 @@ async def select_provider(
             raise TunerError(f"{reason}: it is needed to use an operator's MPS daemon; or choose mps: off")
     else:
         shared = MpsPartitions(
-            gpu, data_dir / "mps" / gpu.uuid, external=mps == "external", oversubscribe=oversubscribe
+            gpu, data_dir / "mps" / gpu.uuid[:12], external=mps == "external", oversubscribe=oversubscribe
         )
         try:
             await shared.start()
