@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tuner_server.search.cost_model import CostModel
+from tuner_server.search.features import FeatureTable
 from tuner_server.search.space import DesignSpace, Point
 
 # The multi-level tiling of a 96x64 matmul with reduction 32, shortened to what carries decisions.
@@ -37,7 +38,7 @@ def space() -> DesignSpace:
 
 
 def test_the_knobs_of_a_trace_are_its_decisions_and_the_limit_of_parallelism(space: DesignSpace) -> None:
-    assert [knob.kind for knob in space.knobs] == ["tile", "tile", "tile", "parallel", "categorical", "location"]
+    assert [knob.kind for knob in space.knobs] == ["tile", "tile", "tile", "parallel", "unroll", "location"]
     assert space.point_of(TRACE) == POINT
 
 
@@ -106,7 +107,7 @@ def test_the_cost_model_ranks_unseen_points_after_a_few_dozen_trials(space: Desi
 
     rng = random.Random(4)
     points = [space.redraw(POINT, rng) for _ in range(120)]
-    model = CostModel([space], rounds=40)
+    model = CostModel(FeatureTable([space]), rounds=40)
     model.train([(space, point, latency(point)) for point in points[:60]], seed=0)
     scores = model.predict([(space, point) for point in points[60:]])
     by_score = sorted(zip(scores, points[60:], strict=True), key=lambda pair: -pair[0])
@@ -117,7 +118,7 @@ def test_the_cost_model_ranks_unseen_points_after_a_few_dozen_trials(space: Desi
 def test_failed_trials_rank_last(space: DesignSpace) -> None:
     rng = random.Random(5)
     points = [space.redraw(POINT, rng) for _ in range(80)]
-    model = CostModel([space], rounds=40)
+    model = CostModel(FeatureTable([space]), rounds=40)
     model.train([(space, point, None if point[4] == 0 else 100.0) for point in points], seed=0)
     base = space.redraw(POINT, rng)
     working, failing = (*base[:4], 2, base[5]), (*base[:4], 0, base[5])
@@ -133,7 +134,7 @@ def test_what_is_learned_in_one_sketch_ranks_points_of_another(space: DesignSpac
     assert sibling.point_of(trace) == POINT
     rng = random.Random(6)
     points = [space.redraw(POINT, rng) for _ in range(80)]
-    model = CostModel([space, sibling], rounds=40)
+    model = CostModel(FeatureTable([space, sibling]), rounds=40)
     model.train([(space, point, 100.0 / point[1][-1]) for point in points], seed=0)  # type: ignore[index]
     wide, narrow = (4, 1, 1, 16), (16, 4, 1, 1)
     scores = model.predict([(sibling, (POINT[0], tile, *POINT[2:])) for tile in (wide, narrow)])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tuner_server.search.features import FeatureTable, Located, Matrix
 from tuner_server.search.space import DesignSpace, Point
 
 _FAILED = -6.0  # log2 of the score of a failed trial: as if 64 times slower than the best
@@ -22,29 +23,19 @@ class CostModel:
     """Trained anew from all trials when asked to; cheap enough for that at a few thousand of them.
 
     Args:
-        spaces: The task's design spaces. Features of equal name share a column; those that a space lacks are missing.
+        table: Features of the task's spaces.
         rounds: Trees.
     """
 
-    def __init__(self, spaces: Sequence[DesignSpace], rounds: int) -> None:
+    def __init__(self, table: FeatureTable, rounds: int) -> None:
+        self._table = table
         self._rounds = rounds
         self._booster: Any = None
-        names = {name: None for space in spaces for name in space.feature_names}
-        column = {name: index for index, name in enumerate(names, start=1)}  # the first one says which space
-        self._columns = {space.index: [column[name] for name in space.feature_names] for space in spaces}
-        self._width = 1 + len(column)
 
     @property
     def trained(self) -> bool:
         """Whether :meth:`predict` has anything to say."""
         return self._booster is not None
-
-    def _matrix(self, points: Sequence[tuple[DesignSpace, Point]]) -> np.ndarray:
-        matrix = np.full((len(points), self._width), np.nan, dtype=np.float32)
-        for row, (space, point) in zip(matrix, points, strict=True):
-            row[0] = space.index
-            row[self._columns[space.index]] = space.features(point)
-        return matrix
 
     def train(self, trials: Sequence[tuple[DesignSpace, Point, float | None]], seed: int) -> None:
         """Fit to measured trials.
@@ -64,7 +55,7 @@ class CostModel:
             dtype=np.float32,
         )
         data = xgboost.DMatrix(
-            self._matrix([(space, point) for space, point, _ in trials]),
+            self._table.matrix([(space, point) for space, point, _ in trials]),
             label=labels,
             weight=np.exp2(labels) + 0.1,  # being right about the fast ones matters
             nthread=1,
@@ -83,10 +74,10 @@ class CostModel:
         }
         self._booster = xgboost.train(parameters, data, num_boost_round=self._rounds)
 
-    def predict(self, points: Sequence[tuple[DesignSpace, Point]]) -> np.ndarray:
+    def predict(self, points: Sequence[Located]) -> Matrix:
         """Predicted log2 of best latency over latency, one per point: higher is better."""
         import xgboost
 
         if not points:
             return np.zeros(0, dtype=np.float32)
-        return np.asarray(self._booster.predict(xgboost.DMatrix(self._matrix(points), nthread=1)))
+        return np.asarray(self._booster.predict(xgboost.DMatrix(self._table.matrix(points), nthread=1)))

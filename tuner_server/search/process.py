@@ -22,7 +22,7 @@ class _Sessions:
         except UsageError as error:
             raise WorkError("search_failed", str(error)) from None
         self._open[args["session"]] = session
-        return {"spaces": session.space_sizes}
+        return {"knobs": session.knobs}
 
     def generate(self, args: dict[str, Any]) -> dict[str, Any]:
         try:

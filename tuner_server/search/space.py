@@ -22,7 +22,9 @@ _PARALLEL = "meta_schedule.parallel"
 _MAX_JOBS_PER_CORE = 16
 # Shares of mutations, after MetaSchedule's default mutators (TileSize 0.9, ComputeLocation 0.05, Unroll 0.03, Parallel
 # 0.02), flattened: every knob has to move within a few dozen trials.
-_WEIGHTS = {"tile": 1.0, "location": 0.4, "categorical": 0.4, "parallel": 0.25}
+_WEIGHTS = {"tile": 1.0, "location": 0.4, "categorical": 0.4, "unroll": 0.4, "parallel": 0.25}
+_UNROLL = ("meta_schedule.unroll_explicit", "meta_schedule.unroll_implicit")
+_MASKED = -1
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Knob:
     """One decision of a space.
 
     Attributes:
-        kind: ``tile`` (SamplePerfectTile), ``categorical`` (SampleCategorical), ``location`` (SampleComputeLocation) or
-            ``parallel`` (the limit of the annotation ``meta_schedule.parallel``).
+        kind: ``tile`` (SamplePerfectTile), ``categorical`` (SampleCategorical), ``unroll`` (a SampleCategorical that
+            limits unrolling), ``location`` (SampleComputeLocation) or ``parallel`` (the limit of the annotation
+            ``meta_schedule.parallel``).
         position: Index of its instruction.
-        options: Number of choices of a categorical knob; the limits of a parallel knob.
+        options: Choices of a categorical or unroll knob; the limits of a parallel knob.
         levels: Number of factors of a tile.
         max_innermost: Largest innermost factor of a tile; 0: none.
     """
@@ -45,12 +48,13 @@ class Knob:
     max_innermost: int = 0
 
 
-def _knob_of(position: int, instruction: Sequence[Any]) -> Knob | None:
-    kind, inputs, attrs, _outputs = instruction
+def _knob_of(position: int, instruction: Sequence[Any], unrolls: frozenset[str]) -> Knob | None:
+    kind, inputs, attrs, outputs = instruction
     if kind == "SamplePerfectTile":
         return Knob("tile", position, levels=int(attrs[0]), max_innermost=int(attrs[1]))
     if kind == "SampleCategorical":
-        return Knob("categorical", position, options=tuple(range(len(attrs[0]))))
+        use = "unroll" if outputs[0] in unrolls else "categorical"
+        return Knob(use, position, options=tuple(range(len(attrs[0]))))
     if kind == "SampleComputeLocation":
         return Knob("location", position)
     if kind == "Annotate" and attrs == [_PARALLEL] and isinstance(inputs[1], int):
@@ -94,7 +98,10 @@ class DesignSpace:
         instructions = before_postprocessing(trace[0])
         self.index = index
         self.signature = _signature(instructions)
-        knobs = (_knob_of(position, instruction) for position, instruction in enumerate(instructions))
+        unrolls = frozenset(
+            str(inputs[1]) for kind, inputs, attrs, _ in instructions if kind == "Annotate" and attrs[0] in _UNROLL
+        )
+        knobs = (_knob_of(position, instruction, unrolls) for position, instruction in enumerate(instructions))
         self.knobs = tuple(knob for knob in knobs if knob is not None)
         self._weights = [_WEIGHTS[knob.kind] for knob in self.knobs]
         self._depths = sorted({knob.levels for knob in self.knobs if knob.levels})
@@ -175,6 +182,11 @@ class DesignSpace:
         """A random point, with the loop extents of another one."""
         return tuple(_redrawn(knob, value, rng) for knob, value in zip(self.knobs, point, strict=True))
 
+    def without_unrolling(self, point: Point) -> Point:
+        """The point with its limits of unrolling masked: points that agree here may well become the same code."""
+        pairs = zip(self.knobs, point, strict=True)
+        return tuple(_MASKED if knob.kind == "unroll" else value for knob, value in pairs)
+
     def cross(self, first: Point, second: Point, rng: random.Random) -> Point:
         """Each knob from one of two parents."""
         return tuple(a if rng.random() < 0.5 else b for a, b in zip(first, second, strict=True))
@@ -193,7 +205,7 @@ def _redrawn(knob: Knob, value: Value, rng: random.Random) -> Value:
     if isinstance(value, tuple):
         return _random_tile(math.prod(value), len(value), knob.max_innermost, rng)
     if knob.kind == "location":
-        return value if rng.random() < 0.5 else max(-2, value + rng.randint(-4, 4))
+        return max(-2, value + rng.randint(-5, 5))  # TVM takes the nearest valid one
     if knob.kind == "parallel":
         return value
     return rng.choice(knob.options)
@@ -219,13 +231,17 @@ def _moved_factor(tile: tuple[int, ...], max_innermost: int, rng: random.Random)
 
 
 def _random_tile(extent: int, levels: int, max_innermost: int, rng: random.Random) -> tuple[int, ...]:
-    tile = [1] * levels
-    for prime in _primes(extent):
-        level = rng.randrange(levels)
-        if level == levels - 1 and max_innermost and tile[level] * prime > max_innermost:
-            level = rng.randrange(levels - 1) if levels > 1 else 0
-        tile[level] *= prime
-    return tuple(tile)
+    """Uniform among the ordered factorisations of ``extent``, as SamplePerfectTile draws them."""
+    for _ in range(100):
+        tile = [1] * levels
+        for prime, exponent in Counter(_primes(extent)).items():
+            bars = sorted(rng.sample(range(exponent + levels - 1), levels - 1))  # stars and bars
+            ends = [-1, *bars, exponent + levels - 1]
+            for level in range(levels):
+                tile[level] *= prime ** (ends[level + 1] - ends[level] - 1)
+        if not max_innermost or tile[-1] <= max_innermost:
+            return tuple(tile)
+    return (extent,) + (1,) * (levels - 1)
 
 
 def _primes(number: int) -> list[int]:

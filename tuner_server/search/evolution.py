@@ -1,0 +1,64 @@
+"""Generations of points, ranked by the cost model; nothing is applied here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from tuner_server.search.cost_model import CostModel
+from tuner_server.search.features import Located
+from tuner_server.search.messages import SearchSettings
+from tuner_server.search.validity import ValidityModel
+
+_SURVIVORS = 32
+_LIKELY = 0.5
+
+
+def rank_offspring(
+    measured: Sequence[Located],
+    model: CostModel,
+    validity: ValidityModel,
+    acceptable: Callable[[Located], bool],
+    settings: SearchSettings,
+    count: int,
+    rng: random.Random,
+) -> list[Located]:
+    """Points that the model likes, best first.
+
+    Args:
+        measured: Valid trials, fastest first: the first parents.
+        model: Trained.
+        validity: What it finds unlikely is left out.
+        acceptable: Whether a point is new and within the limits.
+        settings: Numbers of proposals and generations.
+        count: How many points the caller wants; more are ranked.
+        rng: Source of randomness.
+    """
+    elites = list(measured[: max(16, len(measured) // 8)])
+    parents = elites
+    scored: dict[Located, float] = {}
+    for _ in range(settings.generations):
+        proposed = {_offspring(parents, measured, rng): None for _ in range(settings.proposals)}
+        fresh = [located for located in proposed if located not in scored and acceptable(located)]
+        likely = validity.probability(fresh)
+        fresh = [located for located, probability in zip(fresh, likely, strict=True) if probability >= _LIKELY]
+        if not fresh:
+            break
+        scored.update(zip(fresh, model.predict(fresh).tolist(), strict=True))
+        parents = sorted(scored, key=scored.__getitem__, reverse=True)[: max(_SURVIVORS, 2 * count)] + elites[:8]
+    return sorted(scored, key=scored.__getitem__, reverse=True)
+
+
+def _offspring(parents: Sequence[Located], measured: Sequence[Located], rng: random.Random) -> Located:
+    # the smaller of two draws: better parents have more children
+    space, point = parents[min(rng.randrange(len(parents)), rng.randrange(len(parents)))]
+    chance = rng.random()
+    if chance < 0.15:
+        return space, space.redraw(point, rng)
+    if chance < 0.35:
+        other_space, other = rng.choice(parents)
+        if other_space is space:
+            return space, space.mutate(space.cross(point, other, rng), rng)
+    if chance < 0.45:
+        space, point = rng.choice(measured)
+    return space, space.mutate(point, rng)

@@ -1,0 +1,149 @@
+"""MetaSchedule's part of a search: the design spaces of a workload, and points of them turned into schedules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm_ffi
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.schedule import Instruction, Trace
+from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
+from tvm.target import Target
+
+from tuner_core.compiler.guard import load_workload
+from tuner_core.compiler.trace import trace_json
+from tuner_server.build.lowering import lower
+from tuner_server.search.space import DesignSpace, Point, Value
+from tuner_server.search.threads import ThreadLimits
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A point that became a valid schedule.
+
+    Attributes:
+        trace: JSON of its trace, with what the post-processors did.
+        point: What was decided in the end; None when the trace is not of the space after all.
+        module_hash: Structural hash of the scheduled module.
+        module: The scheduled module.
+    """
+
+    trace: str
+    point: Point | None
+    module_hash: int
+    module: Any
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A point that did not become a valid schedule.
+
+    Attributes:
+        reason: The post-processor that refused it, or the type of the error.
+        point: What was decided, where that is known.
+    """
+
+    reason: str
+    point: Point | None
+
+
+class Sketches:
+    """The design spaces of one workload on one target.
+
+    Args:
+        body: The workload's JSON.
+        target_json: The target.
+        seed: For the choices that MetaSchedule makes while it generates the spaces.
+
+    Raises:
+        UsageError: The workload is malformed, or holds what no operator needs.
+    """
+
+    def __init__(self, body: str, target_json: str, seed: int) -> None:
+        self._mod = load_workload(body)
+        self._target = Target(json.loads(target_json))
+        with self._target:
+            context = ms.TuneContext(
+                self._mod,
+                target=self._target,
+                space_generator="post-order-apply",
+                search_strategy="replay-trace",
+                rand_state=seed,
+                num_threads=1,
+            )
+            sketches = context.generate_design_space()
+        self._context = context  # the post-processors belong to it
+        self._postprocs = list(context.space_generator.postprocs or ())
+        self._instructions = [list(sketch.trace.insts) for sketch in sketches]
+        traces = [json.loads(trace_json(sketch.trace)) for sketch in sketches]
+        self.spaces = [DesignSpace(index, trace) for index, trace in enumerate(traces)]
+        is_gpu = "gpu" in self._target.keys
+        max_threads = int(self._target.attrs.get("max_threads_per_block", 1024)) if is_gpu else 0
+        self._limits = [
+            ThreadLimits(space, trace[0], max_threads) for space, trace in zip(self.spaces, traces, strict=True)
+        ]
+
+    def allows(self, space: DesignSpace, point: Point) -> bool:
+        """Whether a point is not surely invalid, by arithmetic."""
+        return self._limits[space.index].allow(point)
+
+    def apply(self, space: DesignSpace, point: Point | None, seed: int) -> Applied | Rejected:
+        """Make a schedule of a point.
+
+        Args:
+            space: The space.
+            point: What to decide; None: TVM decides at random.
+            seed: Of the random decisions.
+        """
+        schedule = Schedule(self._mod, seed=seed, debug_mask=0, error_render_level="none")
+        try:
+            self._decided(space, point).apply_to_schedule(schedule, remove_postproc=True)
+        except Exception as error:  # a ScheduleError, or a check inside a primitive
+            return Rejected(type(error).__name__, point)
+        if point is None:
+            point = space.point_of(json.loads(trace_json(schedule.trace)))
+        try:
+            schedule.enter_postproc()
+            for postproc in self._postprocs:
+                if not postproc.apply(schedule):
+                    return Rejected(str(postproc).rsplit(".", 1)[-1].split("(")[0], point)
+        except Exception as error:
+            return Rejected(type(error).__name__, point)
+        text = trace_json(schedule.trace)
+        module = schedule.mod
+        return Applied(text, space.point_of(json.loads(text)), tvm_ffi.structural_hash(module), module)
+
+    def code_hash(self, module: Any) -> int | None:
+        """Hash of what a scheduled module lowers to: equal for schedules that become the same code.
+
+        Returns:
+            None when it cannot be lowered.
+        """
+        try:
+            with self._target:
+                host, devices, _ = lower(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(module), self._target)
+        except Exception:  # the build will say why
+            return None
+        return hash((tvm_ffi.structural_hash(host), *(tvm_ffi.structural_hash(device) for device in devices.values())))
+
+    def _decided(self, space: DesignSpace, point: Point | None) -> Trace:
+        instructions = self._instructions[space.index]
+        if point is None:
+            return Trace(instructions, {})
+        instructions = list(instructions)
+        decisions: dict[Any, Any] = {}
+        for knob, value in zip(space.knobs, point, strict=True):
+            if knob.kind == "parallel":
+                instructions[knob.position] = _with_limit(instructions[knob.position], value)
+            else:
+                decisions[instructions[knob.position]] = list(value) if isinstance(value, tuple) else value
+        return Trace(instructions, decisions)
+
+
+def _with_limit(instruction: Any, limit: Value) -> Any:
+    inputs: Sequence[Any] = [instruction.inputs[0], limit]
+    return Instruction(instruction.kind, inputs, instruction.attrs, instruction.outputs)
