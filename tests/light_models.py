@@ -84,8 +84,8 @@ def _weight(name: str, shape: tuple[int, ...], roles: dict[str, Any], rng: np.ra
         return rng.uniform(0.5, 1.5, shape).astype("float32")
     if len(shape) == 1:
         return (0.1 * rng.standard_normal(shape)).astype("float32")
-    fan_in = int(np.prod(shape[1:]))
-    return (rng.standard_normal(shape) * np.sqrt(2 / fan_in)).astype("float32")
+    deviation = float(np.sqrt(2 / np.prod(shape[1:])))
+    return rng.normal(0, deviation, shape).astype("float32")
 
 
 def _resize(model: Any, resolution: int) -> None:

@@ -38,7 +38,9 @@ OPERATORS: dict[str, Any] = {
     "scalar": lambda: heaviest(lambda op, x: op.exp(x), ()),
     "one element": lambda: heaviest(lambda op, a, b: op.matmul(a, b), (1, 1), (1, 1)),
 }
-REDUCTIONS = [name for name in OPERATORS if name.startswith(("conv", "depth", "group", "dense", "batch", "max", "mean"))]
+REDUCTIONS = [
+    name for name in OPERATORS if name.startswith(("conv", "depth", "group", "dense", "batch", "max", "mean"))
+]
 
 
 def conv_padded(op: Any, x: Any, w: Any) -> Any:
@@ -93,7 +95,7 @@ def test_computes_what_the_unscheduled_loops_compute(scheduled: tuple[str, Extra
 def test_trace_replays_to_the_same_schedule(scheduled: tuple[str, ExtractedTask, Any, Any]) -> None:
     import tvm_ffi
 
-    name, task, module, schedule = scheduled
+    name, task, _, schedule = scheduled
     trace = trace_to_json(schedule)
     assert json.loads(trace)
     replayed = apply_trace(module_from_body(task.workload.body), trace)

@@ -6,6 +6,7 @@ folded here it finds done; what is not, it still does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
 
 _BINARY = {"relax.add": "add", "relax.subtract": "subtract", "relax.multiply": "multiply", "relax.divide": "divide"}
+_MOST_TO_TRANSPOSE = 1 << 22  # elements; beyond, TVM's compiled loops are faster than numpy's
 _DTYPES = frozenset({"float16", "float32", "float64"})
 
 
@@ -82,7 +84,9 @@ def _evaluate(call: Any, constant: Callable[[Any], Any]) -> Any:
         return np.sqrt(arrays[0].value.numpy())
     if name in ("relax.expand_dims", "relax.reshape") and shape is not None:
         return arrays[0].value.numpy().reshape(shape)
-    if name == "relax.permute_dims" and shape is not None:
+    if name == "relax.broadcast_to" and shape is not None:
+        return np.ascontiguousarray(np.broadcast_to(arrays[0].value.numpy(), shape))
+    if name == "relax.permute_dims" and shape is not None and math.prod(shape) <= _MOST_TO_TRANSPOSE:
         axes = call.attrs.axes
         return np.ascontiguousarray(
             np.transpose(arrays[0].value.numpy(), None if axes is None else [int(axis) for axis in axes])

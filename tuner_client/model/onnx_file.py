@@ -28,7 +28,7 @@ def import_onnx(path: Path, shapes: Mapping[str, Shape]) -> ImportedModel:
         shapes: Shapes given by the user, by input name.
     """
     load_tvm()
-    model = _read(path)
+    model, weight_files = _read(path)
     _check_complete(model.graph, path)
     declared = _declared_inputs(model.graph)
     check_names(shapes, declared)
@@ -43,14 +43,15 @@ def import_onnx(path: Path, shapes: Mapping[str, Shape]) -> ImportedModel:
         raise ModelError(f"{path.name} cannot be imported: {one_line(error)}") from error
     return ImportedModel(
         name=path.stem,
-        digest=_digest(path, model),
+        digest=_digest([path, *weight_files]),
         module=module,
         kind="onnx",
         inputs=tuple((name, fixed[name], dtype) for name, (_, dtype) in declared.items()),
     )
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> tuple[Any, list[Path]]:
+    """The model, and the files that its external weights are in."""
     import onnx
 
     try:
@@ -61,30 +62,28 @@ def _read(path: Path) -> Any:
         raise ModelError(f"{path} is not an ONNX model, or is truncated") from None
     if not model.graph.node or not model.graph.output:
         raise ModelError(f"{path} is not an ONNX model, or is truncated (it holds no graph)")
+    files = sorted({path.parent / name for name in _external_files(model)})  # loading forgets them
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except Exception as error:  # a missing or short file, or one outside the model's folder
         raise ModelError(f"external weights of {path.name} cannot be read: {one_line(error)}") from None
-    return model
+    return model, files
 
 
-def _digest(path: Path, model: Any) -> str:
+def _external_files(model: Any) -> Iterable[str]:
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                yield entry.value
+
+
+def _digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for file in [path, *(path.parent / name for name in _external_files(model))]:
+    for file in files:
         with file.open("rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _external_files(model: Any) -> list[str]:
-    """Names of the files that hold weights; ``load_external_data_for_model`` clears them, so they are read afresh."""
-    import onnx
-
-    names: set[str] = set()
-    for tensor in model.graph.initializer:
-        names.update(entry.value for entry in tensor.external_data if entry.key == "location")
-    return sorted(names) if isinstance(model, onnx.ModelProto) else []
 
 
 def _check_complete(graph: Any, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tuner_core.compiler.fallback import fallback_schedule
+from tuner_core.compiler.fallback import fallback_schedule, is_gpu
 from tuner_core.compiler.trace import apply_trace, is_empty
 from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.compiler.workload import digest_of, normalise
@@ -138,14 +138,30 @@ def _schedule_group(group: _Group, target: Target, traces: Mapping[str, str]) ->
         if trace is None or is_empty(trace):
             continue
         try:
-            return apply_trace(module, trace).mod["main"], digest, ""
+            scheduled = apply_trace(module, trace).mod["main"]
         except InvalidRecordError as error:
             problem = str(error)
+            continue
+        if not is_gpu(target) or _binds_threads(scheduled):
+            return scheduled, digest, ""
+        problem = "the trace binds no threads: it is not for a GPU"
     try:
         return fallback_schedule(group.module, target).mod["main"], None, problem
     except TunerError as error:
         names = ", ".join(var.name_hint for var, _ in group.members)
         raise TunerError(f"{names}: {error}") from None
+
+
+def _binds_threads(function: PrimFunc) -> bool:
+    """TVM builds a GPU function without threads into one that runs on the host, and crashes there."""
+    import tvm_ffi
+    from tvm import tirx
+
+    bound: list[Any] = []
+    tvm_ffi.structural_walk(
+        function.body, (tirx.For, lambda loop: bound.append(loop) if loop.thread_binding is not None else None)
+    )
+    return bool(bound)
 
 
 def _with_attributes_of(original: PrimFunc, scheduled: PrimFunc) -> PrimFunc:

@@ -146,7 +146,7 @@ def _convolution(
         per_group = math.prod(block.extents[axis] for axis in summed)
         in_channels = _channels_of(data, windows)
         groups = f"groups {in_channels // per_group}" if per_group and in_channels else ""
-    if "transpose" in block.name:
+    if origin.is_flipped(weights):
         name += "_transpose"
     dims = [window.dim for window in windows]
     last = len(data.indices) - 1
@@ -272,6 +272,14 @@ class _Origins:
                 break
             buffer, shape = source.buffer, source.shape
         return shape
+
+    def is_flipped(self, load: Load) -> bool:
+        """Whether a load's buffer is another one read backwards, as the kernel of a transposed convolution is."""
+        maker = next((block for block in self._blocks if block.written.same_as(load.buffer)), None)
+        if maker is None:
+            return False
+        indices = [index for source in maker.loads for index in source.indices]
+        return any(maker.coefficient(index, axis) == -1 for index in indices for axis in maker.axes_of(index))
 
 
 def _times(extents: Sequence[int]) -> str:

@@ -214,50 +214,55 @@ def _check_body(function: Any) -> None:
     import tvm_ffi
     from tvm import ir, relax, s_tir, tirx
 
+    problems: list[str] = []  # collected: an exception that passes through TVM's walk loses its type
+
     def check_call(call: Any) -> None:
         name = str(call.op.name) if isinstance(call.op, ir.Op) else type(call.op).__name__
         if name not in _CALLS:
-            raise UsageError(f"IR that calls {name[:80]} is not accepted")
+            problems.append(f"that calls {name[:80]}")
 
     def check_annotations(statement: Any) -> None:
-        _refuse("annotation", _keys(statement.annotations), _ANNOTATIONS)
+        problems.extend(
+            f"with the annotation {key[:80]}" for key in _keys(statement.annotations) if key not in _ANNOTATIONS
+        )
 
     def check_loop(loop: Any) -> None:
         check_annotations(loop)
         if loop.thread_binding is not None or loop.kind != tirx.ForKind.SERIAL:
-            raise UsageError("IR that is scheduled already is not accepted")
+            problems.append("that is scheduled already")
 
     def check_block(block: Any) -> None:
         check_annotations(block)
-        for buffer in block.alloc_buffers:
-            _check_size(buffer)
+        problems.extend(filter(None, map(_size_problem, block.alloc_buffers)))
 
     def refuse(node: Any) -> None:
-        raise UsageError(f"IR with {type(node).__name__} is not accepted")
+        problems.append(f"with {type(node).__name__}")
 
     if isinstance(function, relax.Function):
         tvm_ffi.structural_walk(function, [(ir.Call, check_call), (relax.ExternFunc, refuse)])
-        return
-    for parameter in function.params:
-        _check_size(parameter)
-    tvm_ffi.structural_walk(
-        function.body,
-        [
-            (ir.Call, check_call),
-            (tirx.For, check_loop),
-            (s_tir.SBlock, check_block),
-            ((tirx.AttrStmt, tirx.AssertStmt, tirx.While), refuse),
-        ],
-    )
+    else:
+        problems.extend(filter(None, map(_size_problem, function.params)))
+        tvm_ffi.structural_walk(
+            function.body,
+            [
+                (ir.Call, check_call),
+                (tirx.For, check_loop),
+                (s_tir.SBlock, check_block),
+                ((tirx.AttrStmt, tirx.AssertStmt, tirx.While), refuse),
+            ],
+        )
+    if problems:
+        raise UsageError(f"IR {problems[0]} is not accepted")
 
 
-def _check_size(buffer: Any) -> None:
+def _size_problem(buffer: Any) -> str:
     from tvm import tirx
 
     shape = getattr(buffer, "shape", ())
     extents = [int(extent) for extent in shape if isinstance(extent, int | tirx.IntImm)]
     if any(extent < 0 for extent in extents) or math.prod(extents) > MAX_BUFFER_ELEMENTS:
-        raise UsageError(f"IR with a buffer of {'x'.join(map(str, extents))} elements is not accepted")
+        return f"with a buffer of {'x'.join(map(str, extents))} elements"
+    return ""
 
 
 def _keys(attributes: Any) -> list[str]:

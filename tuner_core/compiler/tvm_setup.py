@@ -12,6 +12,8 @@ from tuner_core.errors import TunerError
 TVM_PIN = "0.27.0.post1"
 FFI_PIN = "0.1.14.post1"
 
+_checked = False  # reading the packages' metadata takes milliseconds, and this is called for every workload
+
 
 def check_pins() -> None:
     """Compare the installed apache-tvm and apache-tvm-ffi with the pins, without importing them.
@@ -54,14 +56,17 @@ def load_tvm(*, intrinsics: bool = False) -> str:
     Raises:
         TunerError: TVM is missing or not at the pinned version.
     """
-    check_pins()
-    import tvm  # noqa: F401
+    global _checked
+    if not _checked:
+        check_pins()
+        _checked = True
+    import tvm
 
     if intrinsics:
         original = inspect.stack
         inspect.stack = _stack_without_modules
         try:
-            import tvm.s_tir.tensor_intrin
+            import tvm.s_tir.tensor_intrin  # noqa: F401
         finally:
             inspect.stack = original
     return TVM_PIN

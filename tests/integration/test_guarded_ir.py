@@ -1,0 +1,198 @@
+"""IR and traces from outside: what real models need passes, everything else is refused before TVM sees it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.integration.compiler_operators import LLVM, heaviest
+from tests.integration.test_cpu_fallback import OPERATORS
+from tests.light_models import light_model
+from tuner_client.model.load import load_model
+from tuner_client.model.prepare import parse_target, prepare
+from tuner_core.compiler.fallback import fallback_schedule
+from tuner_core.compiler.guard import (
+    MAX_TRACE_BYTES,
+    MAX_WORKLOAD_BYTES,
+    check_module,
+    check_trace,
+    load_lifted_module,
+    load_workload,
+)
+from tuner_core.compiler.trace import trace_to_json
+from tuner_core.compiler.tvm_setup import load_tvm
+from tuner_core.compiler.workload import module_from_body, workload_from_module
+from tuner_core.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def body() -> str:
+    return heaviest(lambda op, a, b: op.matmul(a, b), (16, 32), (32, 16)).workload.body
+
+
+@pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])
+def test_real_models_pass(name: str) -> None:
+    prepared = prepare(load_model(light_model(name)).module, LLVM)
+    load_lifted_module(prepared.lifted_json)
+    for task in prepared.tasks:
+        load_workload(task.workload.body)
+
+
+@pytest.mark.parametrize("name", ["softmax", "layer_norm", "argmax", "depthwise", "scalar"])
+def test_operators_and_their_schedules_pass(name: str) -> None:
+    body = OPERATORS[name]().workload.body
+    load_workload(body)
+    check_trace(trace_to_json(fallback_schedule(module_from_body(body), parse_target(LLVM))))
+
+
+def compute(expression: Any) -> Any:
+    """A one-loop operator whose element is ``expression(A[i], i)``."""
+    load_tvm()
+    from tvm import te
+
+    a = te.placeholder((8,), name="A")
+    b = te.compute((8,), lambda i: expression(a[i], i), name="B")
+    return te.create_prim_func([a, b])
+
+
+def test_calls_of_the_host_are_refused() -> None:
+    load_tvm()
+    from tvm import tirx
+
+    expressions = {
+        "call_extern": lambda x, i: tirx.call_extern("float32", "system", x),
+        "call_pure_extern": lambda x, i: tirx.call_pure_extern("float32", "system", x),
+        "call_packed": lambda x, i: tirx.call_packed("runtime.SystemLib", x),
+        "call_llvm": lambda x, i: tirx.call_llvm_pure_intrin("float32", "llvm.sqrt", x),
+    }
+    for name, expression in expressions.items():
+        with pytest.raises(UsageError, match="calls tirx"):
+            check_module(module_from_body(workload_from_module(compute(expression)).body))
+        with pytest.raises(UsageError):
+            load_workload(workload_from_module(compute(expression)).body), name
+
+
+def test_scheduled_loops_and_pragmas_are_refused() -> None:
+    from tvm import IRModule
+    from tvm.s_tir import Schedule
+
+    load_tvm()
+    for change, text in (
+        (lambda sch, loop: sch.parallel(loop), "scheduled already"),
+        (lambda sch, loop: sch.annotate(loop, "pragma_import_c", "int x;"), "annotation pragma_import_c"),
+        (lambda sch, loop: sch.annotate(loop, "pragma_import_llvm", "x"), "annotation pragma_import_llvm"),
+    ):
+        schedule = Schedule(IRModule({"main": compute(lambda x, i: x + 1.0)}))
+        change(schedule, schedule.get_loops(schedule.get_sblock("B"))[0])
+        with pytest.raises(UsageError, match=text):
+            check_module(schedule.mod)
+
+
+def test_attributes_that_name_other_compilers_are_refused() -> None:
+    import tvm
+
+    function = compute(lambda x, i: x + 1.0)
+    for module in (
+        tvm.IRModule({"main": function.with_attr("Codegen", "ccompiler")}),
+        tvm.IRModule({"main": function.with_attr("tirx.is_entry_func", True)}),
+        tvm.IRModule({"main": function}).with_attr("external_mods", []),
+    ):
+        with pytest.raises(UsageError, match="attribute"):
+            check_module(module)
+
+
+def test_models_that_call_by_name_are_refused() -> None:
+    import tvm
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((4,), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            call = relax.op.call_dps_packed("evil", (x,), out_ty=relax.TensorType((4,), "float32"))
+            result = builder.emit_output(call)
+        builder.emit_func_output(result)
+    with pytest.raises(UsageError):
+        check_module(builder.get())
+    with pytest.raises(UsageError):
+        load_lifted_module(tvm.ir.save_json(builder.get()))
+
+
+def test_forged_graphs_never_reach_tvms_loader(body: str) -> None:
+    graph = json.loads(body)
+
+    def changed(**fields: Any) -> str:
+        return json.dumps({**graph, **fields})
+
+    nodes = graph["nodes"]
+    cyclic = [dict(node) for node in nodes]
+    array = next(number for number, node in enumerate(nodes) if node["type"] == "ffi.Array" and node["data"])
+    cyclic[array] = {"type": "ffi.Array", "data": [array]}
+    forward = [dict(node) for node in nodes]
+    forward[array] = {"type": "ffi.Array", "data": [len(nodes) + 5]}
+    for text in (
+        "",
+        "[]",
+        "{}",
+        "null",
+        changed(root_index=-1),
+        changed(root_index=10**9),
+        changed(root_index="0"),
+        changed(nodes=cyclic),
+        changed(nodes=forward),
+        changed(nodes={}),
+        changed(nodes=[[]]),
+        changed(nodes=[{"type": 3}]),
+        "[" * 100_000,
+    ):
+        with pytest.raises(UsageError):
+            load_workload(text)
+    with pytest.raises(UsageError, match=r"runtime\.Module is not accepted"):
+        load_workload(changed(nodes=[*nodes, {"type": "runtime.Module", "data": ""}]))
+
+
+def test_a_small_graph_that_unfolds_into_a_huge_one_is_refused(body: str) -> None:
+    graph = json.loads(body)
+    nodes = graph["nodes"]
+    prim = next(number for number, node in enumerate(nodes) if node["type"] == "ir.PrimType")
+    nodes.append({"type": "int", "data": 1})
+    nodes.append({"type": "ir.IntImm", "data": {"span": 0, "ty": prim, "value": len(nodes) - 1}})
+    for _ in range(64):
+        last = len(nodes) - 1
+        nodes.append({"type": "prim.Add", "data": {"span": 0, "ty": prim, "a": last, "b": last}})
+    graph["root_index"] = len(nodes) - 1
+    with pytest.raises(UsageError, match="too large once"):
+        load_workload(json.dumps(graph))
+
+
+def test_sizes_are_limited(body: str) -> None:
+    with pytest.raises(UsageError, match="bytes, more than"):
+        load_workload(body + " " * MAX_WORKLOAD_BYTES)
+    with pytest.raises(UsageError, match="bytes, more than"):
+        check_trace("[" + " " * MAX_TRACE_BYTES + "]")
+    huge = heaviest(lambda op, x: op.exp(x), (1 << 16, 1 << 16))
+    with pytest.raises(UsageError, match="65536x65536"):
+        load_workload(huge.workload.body)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        "",
+        "{}",
+        "[3]",
+        '[[["Annotate",["l1","\\"int x;\\""],["pragma_import_c"],[]]],[]]',
+        '[[["Annotate",["l1","\\"x\\""],["pragma_import_llvm"],[]]],[]]',
+        '[[["Annotate",["b1",{"pragma_import_c":"x"}],["meta_schedule.x"],[]]],[]]',
+        '[[["UnsafeSetDType",["b1"],[0,"int8"],[]]],[]]',
+    ],
+)
+def test_traces_that_bring_code_are_refused(trace: str) -> None:
+    with pytest.raises(UsageError):
+        check_trace(trace)
+
+
+def test_unrolling_pragmas_pass() -> None:
+    check_trace('[[["Annotate",["b1",16],["pragma_auto_unroll_max_step"],[]]],[]]')
