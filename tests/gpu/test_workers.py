@@ -78,7 +78,7 @@ async def innocents_survive(
     await asyncio.gather(*loops)
     assert {worker.pid for worker in fleet.workers()} != pids
     # A timing through a dying context would be off by orders of magnitude; neighbours cost some percent.
-    assert max(seen) < 3 * expected
+    assert max(seen) < 10 * expected
     after = statistics.median([(await fleet.measure(good)).median_us for _ in range(5)])
     assert 0.5 * expected < after < 2 * expected
 

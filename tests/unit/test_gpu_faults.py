@@ -6,7 +6,7 @@ import pytest
 
 from tuner_server.gpu.faults import context_lost, headline
 
-LAUNCH = "CUDALaunch Error: {}\n grid=(1,1,1),  block=(32,1,1)\n// func_name=main_kernel\n// CUDA Source\n// -----------"
+LAUNCH = "CUDALaunch Error: {}\n grid=(1,1,1),  block=(32,1,1)\n// func_name=main_kernel\n// CUDA Source\n// -----"
 
 
 @pytest.mark.parametrize(
