@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,11 +35,12 @@ def import_onnx(path: Path, shapes: Mapping[str, Shape]) -> ImportedModel:
     check_names(shapes, declared)
     fixed = {name: fixed_shape(name, shape, shapes.get(name)) for name, (shape, _) in declared.items()}
     _check_operators(model.graph, path)
+    identifiers = _make_identifiers(model.graph, list(fixed))
     from tvm.relax.frontend.onnx import from_onnx
 
     try:
         with _quiet():
-            module = from_onnx(model, shape_dict={name: list(shape) for name, shape in fixed.items()})
+            module = from_onnx(model, shape_dict={identifiers[name]: list(s) for name, s in fixed.items()})
     except Exception as error:  # the frontend raises whatever a converter trips over
         raise ModelError(f"{path.name} cannot be imported: {one_line(error)}") from error
     return ImportedModel(
@@ -121,6 +123,28 @@ def _declared_inputs(graph: Any) -> dict[str, tuple[tuple[int | str, ...] | None
             shape = tuple(_extent(dim, number) for number, dim in enumerate(kind.shape.dim))
         found[value.name] = (shape, dtype)
     return found
+
+
+def _make_identifiers(graph: Any, inputs: list[str]) -> dict[str, str]:
+    """Rename inputs such as ``gpu_0/data_0`` in the graph: their names end up in generated CUDA source."""
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    identifiers: dict[str, str] = {}
+    for name in inputs:
+        identifier = re.sub(r"\W", "_", name, flags=re.ASCII)
+        if not identifier or identifier[0].isdigit():
+            identifier = f"input_{identifier}"
+        while identifier != name and identifier in taken:
+            identifier += "_"
+        taken.add(identifier)
+        identifiers[name] = identifier
+    for value in graph.input:
+        value.name = identifiers.get(value.name, value.name)
+    for value in graph.output:  # an input may be an output as well
+        value.name = identifiers.get(value.name, value.name)
+    for node in _all_nodes(graph):
+        for position, name in enumerate(node.input):
+            node.input[position] = identifiers.get(name, name)
+    return identifiers
 
 
 def _extent(dim: Any, number: int) -> int | str:
