@@ -35,6 +35,7 @@ OPERATORS: dict[str, Any] = {
     "transpose": lambda: heaviest(lambda op, x: op.permute_dims(x, [0, 2, 1]), (4, 200, 200)),
     "argmax": lambda: heaviest(lambda op, x: op.argmax(x, axis=1), (16, 40)),
     "cumsum": lambda: heaviest(lambda op, x: op.cumsum(x, axis=1), (16, 40)),
+    "topk": lambda: heaviest(lambda op, x: op.topk(x, k=3, ret_type="values"), (4, 50)),
     "scalar": lambda: heaviest(lambda op, x: op.exp(x), ()),
     "one element": lambda: heaviest(lambda op, a, b: op.matmul(a, b), (1, 1), (1, 1)),
 }

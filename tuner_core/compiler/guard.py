@@ -1,10 +1,10 @@
 """Checks on IR and traces that come from somebody else, before TVM touches them.
 
-Everything is an allow-list: what a legalised, fused model needs, and nothing else. No ``call_packed``, ``call_extern``
-or LLVM intrinsic, no ``pragma_*`` that imports code, no attribute that names an external code generator. The JSON is
-checked before it is loaded: a forged graph with cycles or bad indices crashes TVM's loader, and a small graph whose
-expressions are shared many times over would take it forever. Not a security boundary by itself: builds and runs
-happen in separate processes.
+Everything is an allow-list: what a legalised, fused model needs, and nothing else. No ``call_extern`` or LLVM
+intrinsic, no ``call_packed`` but of TVM's own sorting functions, no ``pragma_*`` that imports code, no attribute that
+names an external code generator. The JSON is checked before it is loaded: a forged graph with cycles or bad indices
+crashes TVM's loader, and a small graph whose expressions are shared many times over would take it forever. Not a
+security boundary by itself: builds and runs happen in separate processes.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _NODE_TYPES = frozenset(
         "ir.Type", "ir.PrimType", "ir.PointerType", "ir.TupleType", "ir.FuncType",
         "tirx.PrimFunc", "tirx.IterVar", "tirx.For", "tirx.SeqStmt", "tirx.BufferStore", "tirx.BufferType",
         "tirx.BufferRegionType", "tirx.IfThenElse", "tirx.Evaluate", "tirx.Bind", "tirx.SizeVar",
+        "ir.StringImm", "ir.StringType", "tirx.Axis", "tirx.TileLayout", "tirx.Iter",
         "s_tir.SBlock", "s_tir.SBlockRealize", "s_tir.MatchBufferRegion",
         "relax.expr.Function", "relax.expr.SeqExpr", "relax.expr.DataflowBlock", "relax.expr.BindingBlock",
         "relax.expr.VarBinding", "relax.expr.MatchCast", "relax.expr.DataflowVar", "relax.expr.Var",
@@ -53,10 +54,11 @@ _CALLS = frozenset(
             "fmod hypot isfinite isinf isnan ldexp likely log log10 log1p log2 nearbyint nextafter popcount pow "
             "q_multiply_shift q_multiply_shift_per_axis reinterpret round rsqrt sigmoid sin sinh sqrt tan tanh trunc "
             "bitwise_and bitwise_or bitwise_xor bitwise_not shift_left shift_right vectorhigh vectorlow vectorcombine "
-            "vscale dp4a"
+            "vscale dp4a buffer_data tvm_stack_make_array tvm_stack_make_shape"
         ).split()
     }
 )
+_PACKED = frozenset(f"tvm.contrib.sort.{name}" for name in ("argsort", "sort", "topk", "searchsorted"))
 _FUNCTION_ATTRIBUTES = frozenset(
     {"global_symbol", "tirx.noalias", "s_tir", "op_pattern", "num_input", "tirx.is_scheduled", "layout_free_buffers"}
 )
@@ -218,18 +220,17 @@ def _check_body(function: Any) -> None:
 
     def check_call(call: Any) -> None:
         name = str(call.op.name) if isinstance(call.op, ir.Op) else type(call.op).__name__
-        if name not in _CALLS:
+        if name == "tirx.tvm_call_packed":
+            packed = str(call.args[0].value) if call.args and isinstance(call.args[0], ir.StringImm) else "?"
+            if packed not in _PACKED:
+                problems.append(f"that calls {packed[:80]}")
+        elif name not in _CALLS:
             problems.append(f"that calls {name[:80]}")
 
     def check_annotations(statement: Any) -> None:
         problems.extend(
             f"with the annotation {key[:80]}" for key in _keys(statement.annotations) if key not in _ANNOTATIONS
         )
-
-    def check_loop(loop: Any) -> None:
-        check_annotations(loop)
-        if loop.thread_binding is not None or loop.kind != tirx.ForKind.SERIAL:
-            problems.append("that is scheduled already")
 
     def check_block(block: Any) -> None:
         check_annotations(block)
@@ -246,7 +247,7 @@ def _check_body(function: Any) -> None:
             function.body,
             [
                 (ir.Call, check_call),
-                (tirx.For, check_loop),
+                (tirx.For, check_annotations),
                 (s_tir.SBlock, check_block),
                 ((tirx.AttrStmt, tirx.AssertStmt, tirx.While), refuse),
             ],
