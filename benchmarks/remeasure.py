@@ -44,10 +44,10 @@ def main() -> None:
                 for info in ms.arg_info.ArgInfo.from_entry_func(module, remove_preproc=True)
             ]
             evaluators = {}
-            for side, trace in task["traces"].items():
+            for number, (side, trace) in enumerate(task["traces"].items()):
                 schedule = apply_trace(module, json.dumps(trace) if not isinstance(trace, str) else trace)
                 lowered = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(schedule.mod)
-                path = str(Path(scratch) / f"{len(result)}-{side}.so")
+                path = str(Path(scratch) / f"{len(result)}-{number}.so")
                 with target:
                     tvm.build(lowered, target=target).export_library(path)
                 library = tvm.runtime.load_module(path)

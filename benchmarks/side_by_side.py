@@ -170,6 +170,9 @@ def compare(device_kind: str, server_arguments: Sequence[str] = ()) -> None:
     rows.append(row)
     curves.append(weighted_curve(samples, weights))
     winners = [{name: best["trace"] for name, best in stock["best"].items()}]
+    if missing := set(names.values()) - set(stock["best"]):
+        why = {trial["error"] for trial in stock["trials"] if trial["task"] in missing}
+        sys.exit(f"error: stock found no valid schedule for {', '.join(sorted(missing))}: {why or 'no trial at all'}")
 
     for label, evaluator in (("own", None), ("stock", STOCK_EVALUATOR)):
         print(f"this service, {label} evaluator settings, {budget} trials ...", flush=True)

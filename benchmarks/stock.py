@@ -96,6 +96,7 @@ def main() -> None:
             task_weights=weights,
             work_dir=work_dir,
             max_trials_global=spec["trials_per_task"] * len(contexts),
+            max_trials_per_task=spec["trials_per_task"],
             runner=runner,
             measure_callbacks=[Observer(), *ms.measure_callback.MeasureCallback.create("default")],
         )
