@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,8 @@ def compile_module(mod: tvm.IRModule, target: Target, output: Path) -> None:
         mod = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(mod)
         host_mod, device_mods, host = lower(mod, target)
         library: Any = tir_to_runtime(host_mod, device_mods, host)
-    workspace = Path(tempfile.mkdtemp(prefix="link-", dir=output.parent))
+    workspace = output.with_suffix(".link")
+    workspace.mkdir()
     try:
         if device_mods:
             library.export_library(str(output), fcompile=link_shared, workspace_dir=str(workspace))

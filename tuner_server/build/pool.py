@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ class BuildPool:
         finally:
             if not done:
                 for path in outputs:
-                    path.unlink(missing_ok=True)
+                    _remove_traces_of(path)
 
     @contextlib.asynccontextmanager
     async def _child(self, once: bool) -> AsyncIterator[Child]:
@@ -245,6 +246,15 @@ class BuildPool:
 
 def _body(workload: Workload) -> dict[str, str]:
     return {"digest": workload.digest, "body": workload.body}
+
+
+def _remove_traces_of(output: Path) -> None:
+    """Delete an output and whatever a killed build kept beside it under the same stem."""
+    for path in output.parent.glob(f"{output.stem}.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _kind(word: str) -> FailureKind:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import socket
 import time
 from collections import OrderedDict
@@ -21,11 +19,9 @@ from tuner_core.errors import InvalidRecordError, TunerError, UsageError
 from tuner_core.model import FailureKind
 from tuner_server.build.compile import compile_module, prepare_for_target
 from tuner_server.processes.child import WorkError, one_line, serve
+from tuner_server.processes.limits import limit_resources
 
 _MODULES_KEPT = 32
-# Beyond what the process has mapped when it starts: TVM and its libraries map gigabytes that they never touch.
-_EXTRA_ADDRESS_SPACE = 16 << 30
-_LARGEST_FILE = 8 << 30
 
 
 class _Builder:
@@ -115,7 +111,9 @@ class _Builder:
         try:
             compile_module(mod, target, Path(out))
         except Exception as error:  # TVM, LLVM, NVRTC and the linker have no common base
-            raise WorkError(FailureKind.BUILD_ERROR, one_line(error)) from None
+            out_of_memory = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+            kind = FailureKind.OUT_OF_MEMORY if out_of_memory else FailureKind.BUILD_ERROR
+            raise WorkError(kind, one_line(error)) from None
 
 
 def _parameters(mod: tvm.IRModule) -> list[tuple[str, str, list[int]]]:
@@ -137,19 +135,6 @@ def _checked(load: Callable[[str], tvm.IRModule], text: str) -> tvm.IRModule:
         raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
 
 
-def _limit_resources() -> None:
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for limit, value in (
-        (resource.RLIMIT_AS, mapped + _EXTRA_ADDRESS_SPACE),
-        (resource.RLIMIT_FSIZE, _LARGEST_FILE),
-    ):
-        _soft, hard = resource.getrlimit(limit)
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(limit, (value, value))
-
-
 def main(sock: socket.socket, config: dict[str, Any]) -> None:
     """Serve until the peer closes.
 
@@ -157,7 +142,7 @@ def main(sock: socket.socket, config: dict[str, Any]) -> None:
         sock: Connected stream socket.
         config: ``cubin_cache``: directory for compiled GPU kernels, or null.
     """
-    _limit_resources()
+    limit_resources()
     builder = _Builder(config)
     serve(
         sock,

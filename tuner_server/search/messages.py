@@ -33,7 +33,7 @@ class SearchSettings:
         known_limit: Known trials that a session starts from, the fastest first.
         attempts_per_candidate: Schedules to try for one that is valid and new, before a batch ends short.
         repeats_to_exhaust: Valid schedules in a row that are not new, after which a space counts as exhausted.
-        batch_seconds: A batch ends short after this long, once it has at least one candidate.
+        batch_cpu_s: A batch ends short after this much CPU time, three times as much while it is empty.
         timeout_s: Deadline of one request; the process is killed on expiry.
     """
 
@@ -45,7 +45,7 @@ class SearchSettings:
     known_limit: int = 2000
     attempts_per_candidate: int = 64
     repeats_to_exhaust: int = 64
-    batch_seconds: float = 20.0
+    batch_cpu_s: float = 20.0
     timeout_s: float = 120.0
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tuner_core.errors import UsageError
 from tuner_server.processes.child import WorkError, serve
+from tuner_server.processes.limits import limit_resources
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
 from tuner_server.search.session import SearchSession
 
@@ -56,6 +57,7 @@ def main(sock: socket.socket, config: dict[str, Any]) -> None:
         sock: Connected stream socket.
         config: ``settings``: :class:`SearchSettings` as JSON.
     """
+    limit_resources()
     sessions = _Sessions(SearchSettings.from_json(config["settings"]))
     serve(
         sock,

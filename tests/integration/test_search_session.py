@@ -1,0 +1,60 @@
+"""What a session saves: GPU schedules that are not applied in vain, candidates that are not built twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.integration.small_workloads import LLVM, matmul
+from tuner_core.compiler.trace import apply_trace
+from tuner_core.compiler.tvm_setup import load_tvm
+from tuner_core.compiler.workload import module_from_body
+from tuner_server.search.messages import KnownTrial, SearchSettings
+
+CUDA = (
+    '{"kind":"cuda","arch":"sm_90","max_threads_per_block":1024,'
+    '"max_shared_memory_per_block":49152,"thread_warp_size":32}'
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tvm() -> None:
+    load_tvm(intrinsics=True)
+
+
+def test_few_gpu_schedules_are_applied_in_vain() -> None:
+    from tuner_server.search.session import SearchSession
+
+    session = SearchSession(matmul(512).body, CUDA, SearchSettings(), seed=1)
+    traces = session.generate(24) + session.generate(24)
+    assert len(traces) == 48
+    # without arithmetic and learning it is 40 rejections for each valid sample
+    assert session.rejections.get("VerifyGPUCode", 0) < 3 * len(traces)
+
+
+def test_candidates_that_only_differ_in_unrolling_differ_in_their_code() -> None:
+    import json
+
+    from tuner_server.search.session import SearchSession
+    from tuner_server.search.sketches import Sketches
+
+    workload = matmul()
+    session = SearchSession(workload.body, LLVM, SearchSettings(epsilon=0.0), seed=1)
+    traces: list[str] = []
+    for _ in range(5):
+        batch = session.generate(16)
+        traces += batch
+        session.report([KnownTrial(trace, 100.0 + 10 * (len(traces) % 7)) for trace in batch])
+    sketches = Sketches(workload.body, LLVM, seed=1)
+    mod = module_from_body(workload.body)
+    codes: Counter[object] = Counter()
+    groups: Counter[object] = Counter()
+    for trace in traces:
+        for space in sketches.spaces:
+            if (point := space.point_of(json.loads(trace))) is not None:
+                group = (space.index, space.without_unrolling(point))
+                groups[group] += 1
+                codes[group, sketches.code_hash(apply_trace(mod, trace).mod)] += 1
+    assert max(groups.values()) > 1  # there were siblings
+    assert max(codes.values()) == 1
