@@ -57,6 +57,7 @@ class BlockAccess:
         write_dims: Per loop, the written buffer's dimension that is indexed by exactly this loop, or None.
         reads: The loads, except those of the accumulator.
         element_bits: Width of the written type.
+        branch_axes: Loops that a condition depends on, as in padding and concatenation.
         costs_to_repeat: Holds a branch or a function call: not worth computing more than once.
     """
 
@@ -66,6 +67,7 @@ class BlockAccess:
     write_dims: tuple[int | None, ...]
     reads: tuple[Read, ...]
     element_bits: int
+    branch_axes: frozenset[int]
     costs_to_repeat: bool
 
     @property
@@ -168,6 +170,7 @@ def analyse_block(schedule: Schedule, block: Any) -> BlockAccess:
         write_dims=_plain_dims(store.indices, variables),
         reads=reads,
         element_bits=_bits(str(written.dtype)),
+        branch_axes=_branch_axes(calls, variables),
         costs_to_repeat=bool(calls),
     )
 
@@ -206,6 +209,19 @@ def _strides(buffer: Any, indices: Any, variables: list[Any]) -> tuple[int, ...]
                 totals[axis] += coefficient * step if step else _FAR
         step *= extent
     return tuple(min(abs(total), _FAR) for total in totals)
+
+
+def _branch_axes(calls: list[Any], variables: list[Any]) -> frozenset[int]:
+    import tvm_ffi
+    from tvm import ir, tirx
+
+    used: list[Any] = []
+    for call in calls:
+        if isinstance(call, tirx.Select):
+            tvm_ffi.structural_walk(call.condition, (ir.Var, used.append))
+        elif "if_then_else" in str(call.op):
+            tvm_ffi.structural_walk(call.args[0], (ir.Var, used.append))
+    return frozenset(axis for axis, variable in enumerate(variables) if any(variable.same_as(node) for node in used))
 
 
 def _coefficients(index: Any, variables: list[Any]) -> list[int | None]:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 # Below these, waking the other threads costs more than it saves (about 10 us a launch).
 _MIN_PARALLEL_ELEMENTS = 131072
 _MIN_PARALLEL_OPERATIONS = 32768
-_MAX_ROWS = 12
+_MAX_ROWS = 14
 _SMALL_WINDOW = 32  # reductions that LLVM unrolls completely, and then vectorises the loop around them
 _MIN_USES_TO_PACK = 128  # a weight must be used so often for its copy in another layout to pay
+_MIN_USES_TO_PACK_AT_ALL = 16  # the same where nothing else can be vectorised
 
 
 def schedule_cpu(mod: IRModule, target: Target) -> Schedule:
@@ -142,12 +143,12 @@ def _reduction_recipes(
     width = _vector_width(access.extents[vector], lanes) if vector is not None else 1
     if len(access.reads) < 2 and (access.reduction_size <= _SMALL_WINDOW or vector is not None):
         return  # pooling: the naive loops, in parallel, are vectorised by LLVM
-    packed = access.packable(min_uses=_MIN_USES_TO_PACK)
+    packed = access.packable(min_uses=_MIN_USES_TO_PACK if width > 1 else _MIN_USES_TO_PACK_AT_ALL)
     if packed is not None and width < 0.7 * lanes:
         channels = _vector_width(access.extents[packed.axis], lanes)
         if channels >= lanes // 2:
             plans.append(_Tile(vector=packed.axis, width=channels, packed=packed))
-    if width > 1:
+    if width > 1 and (plans or access.reduction_size > _SMALL_WINDOW):
         plans.append(_Tile(vector=vector, width=width))
     elif access.reduction_size > _SMALL_WINDOW:
         plans.append(_Tile(vector=None, width=1))
@@ -185,18 +186,21 @@ def _parallel_outer(schedule: Schedule, block: Any, access: BlockAccess) -> None
 
 
 def _map(schedule: Schedule, block: Any, access: BlockAccess, registers: VectorRegisters) -> None:
-    """A block without reduction: the innermost loop that writes consecutive elements becomes vectors."""
+    """A block without reduction: the innermost loop that writes consecutive elements becomes vectors.
+
+    A loop that a branch depends on stays as it is: TVM takes vectors of branches apart, LLVM does not.
+    """
     loops = schedule.get_loops(block)
     lanes = registers.lanes(access.element_bits)
     inner = access.vector_axis(max_stride=1)
-    outer = list(loops)
-    if inner is not None:
-        width = _vector_width(access.extents[inner], lanes)
-        if width > 1:
-            split_outer, split_inner = schedule.split(loops[inner], [None, width])
-            outer = [*loops[:inner], split_outer, *loops[inner + 1 :]]
-            schedule.reorder(*outer, split_inner)
-            schedule.vectorize(split_inner)
+    width = _vector_width(access.extents[inner], lanes) if inner is not None and inner not in access.branch_axes else 1
+    if inner is None or width < max(2, lanes // 2):
+        _parallel_outer(schedule, block, access)
+        return
+    split_outer, split_inner = schedule.split(loops[inner], [None, width])
+    outer = [*loops[:inner], split_outer, *loops[inner + 1 :]]
+    schedule.reorder(*outer, split_inner)
+    schedule.vectorize(split_inner)
     fused = schedule.fuse(*outer)
     if access.work >= _MIN_PARALLEL_ELEMENTS:
         schedule.parallel(fused)
@@ -254,7 +258,7 @@ def _tile_reduction(
 def _rows(access: BlockAccess, tile: _Tile, registers: VectorRegisters) -> dict[int, int]:
     """Unrolled iterations per loop: as many accumulators as registers allow, on the loops that reuse most."""
     lanes = registers.lanes(access.element_bits)
-    budget = max(1, min(_MAX_ROWS, (registers.count - 4) // -(-tile.width // lanes)))
+    budget = max(1, min(_MAX_ROWS, (registers.count - 2) // -(-tile.width // lanes)))
     rows: dict[int, int] = {}
     for axis in access.row_axes(excluding=tile.vector, with_vector=tile.packed is not None):
         factor = _largest_divisor(access.extents[axis], budget)
