@@ -19,11 +19,15 @@ from tuner_server.measure.requests import CheckOutcome, WorkerSnapshot
 from tuner_server.partitions.interface import Partition, PartitionProvider
 from tuner_server.partitions.select import select_provider
 from tuner_server.processes.spawner import Spawner
+from tuner_server.scheduler.gathering import Gathering
 from tuner_server.scheduler.machine import Limits
 from tuner_server.search.messages import SearchSettings
 from tuner_server.search.pool import SearchPool
 
 log = logging.getLogger(__name__)
+
+GATHER_PER_WORKER = 4
+"""Built candidates per worker that are measured in one pause of the builds, where there is no core to spare."""
 
 
 class Engine:
@@ -47,6 +51,7 @@ class Engine:
         self.evaluator = config.evaluator
         self.run_timeout_s = config.run_timeout_s
         self.limits = Limits()
+        self.gathering = Gathering(1)
         self.notes: tuple[str, ...] = ()
         self.target_json = ""
         self.target_digest = ""
@@ -189,6 +194,7 @@ class Engine:
             reference_timeout_s=self._config.reference_timeout_s,
             affinity=spare,
         )
+        self.gathering = Gathering(1 if spare else GATHER_PER_WORKER * len(partitions))
         gate = CoreGate([self._search, self._build], spare=bool(spare))
         self._fleet = WorkerFleet(self._spawner, self.provider, gate)
         self._partitions = partitions

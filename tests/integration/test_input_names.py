@@ -21,5 +21,5 @@ def test_input_names_become_identifiers_and_are_still_asked_for_by_their_own(tmp
     onnx.save(model, str(tmp_path / "odd.onnx"))
     imported = load_model(tmp_path / "odd.onnx", {"gpu_0/data 0": (2, 4)})
     (parameter,) = imported.module["main"].params
-    assert parameter.name_hint == "gpu_0_data_0_"  # the plain name is taken by a tensor of the model
+    assert parameter.name == "gpu_0_data_0_"  # the plain name is taken by a tensor of the model
     assert imported.inputs[0][:2] == ("gpu_0/data 0", (2, 4))

@@ -231,9 +231,11 @@ class JobRun:
     async def _trial(self, wanted: m.RunTrial) -> None:
         workload = self._workloads[wanted.task]
         try:
-            artifact = await self._engine.build.build(workload, wanted.trace, self._engine.target_json)
+            with self._engine.gathering.building():
+                artifact = await self._engine.build.build(workload, wanted.trace, self._engine.target_json)
             request = self._request(workload, artifact, wanted.give_up_above_us)
             try:
+                await self._engine.gathering.gathered()
                 measurement = await self._engine.fleet.measure(request)
             except BaseException:
                 self._engine.build.release(artifact)
@@ -249,8 +251,10 @@ class JobRun:
     async def _baseline(self, wanted: m.MeasureBaseline) -> None:
         workload = self._workloads[wanted.task]
         try:
-            built = await self._engine.build.fallback(workload, self._engine.target_json)
+            with self._engine.gathering.building():
+                built = await self._engine.build.fallback(workload, self._engine.target_json)
             self._keep(wanted.task, built.trace, built.artifact)
+            await self._engine.gathering.gathered()
             measurement = await self._engine.fleet.measure(self._request(workload, built.artifact))
         except TrialFailed as failure:
             self._events.put_nowait(m.BaselineFailed(wanted.task, str(failure)))
