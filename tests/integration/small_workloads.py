@@ -11,14 +11,14 @@ from tuner_core.model import Workload
 LLVM = '{"kind":"llvm","num-cores":2}'
 
 
-def matmul(size: int = 64) -> Workload:
-    """A matrix product plus one, ``size`` in every direction."""
+def matmul(size: int = 64, addend: float = 1.0) -> Workload:
+    """A matrix product plus ``addend``, ``size`` in every direction."""
     te = _te()
     a = te.placeholder((size, size), name="A")
     b = te.placeholder((size, size), name="B")
     k = te.reduce_axis((0, size), name="k")
     c = te.compute((size, size), lambda i, j: te.sum(a[i, k] * b[k, j], axis=k), name="C")
-    d = te.compute((size, size), lambda i, j: c[i, j] + 1.0, name="D")
+    d = te.compute((size, size), lambda i, j: c[i, j] + addend, name="D")
     return _workload([a, b, d])
 
 
