@@ -58,3 +58,21 @@ def test_candidates_that_only_differ_in_unrolling_differ_in_their_code() -> None
                 codes[group, sketches.code_hash(apply_trace(mod, trace).mod)] += 1
     assert max(groups.values()) > 1  # there were siblings
     assert max(codes.values()) == 1
+
+
+def test_a_task_starts_where_its_siblings_have_been() -> None:
+    import json
+
+    from tuner_server.search.experience import Experience
+    from tuner_server.search.session import SearchSession
+
+    def cost(trace: str) -> float:  # the innermost factor of the columns, as vector code has it
+        return 100.0 / json.loads(trace)[1][1][1][-1]
+
+    experience = Experience()
+    first = SearchSession(matmul(64).body, LLVM, SearchSettings(), 1, experience=experience)
+    for _ in range(3):
+        first.report([KnownTrial(trace, cost(trace)) for trace in first.generate(16)])
+    alone = SearchSession(matmul(128).body, LLVM, SearchSettings(), 1).generate(16)
+    taught = SearchSession(matmul(128).body, LLVM, SearchSettings(), 1, experience=experience).generate(16)
+    assert sum(map(cost, taught)) < 0.5 * sum(map(cost, alone))

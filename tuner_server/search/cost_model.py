@@ -7,16 +7,17 @@ knob features are those of AutoTVM (Chen et al., "Learning to Optimize Tensor Pr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tuner_server.search.experience import Experience, scores
 from tuner_server.search.features import FeatureTable, Located, Matrix
 from tuner_server.search.space import DesignSpace, Point
 
-_FAILED = -6.0  # log2 of the score of a failed trial: as if 64 times slower than the best
+_MIN_TRIALS = 8
+_OTHERS_WEIGH = 24  # own trials at which the opinion of other tasks counts half
 
 
 class CostModel:
@@ -25,20 +26,29 @@ class CostModel:
     Args:
         table: Features of the task's spaces.
         rounds: Trees.
+        experience: What other tasks have seen; the model learns how this task differs from it.
+        task: This task's name in ``experience``.
     """
 
-    def __init__(self, table: FeatureTable, rounds: int) -> None:
+    def __init__(self, table: FeatureTable, rounds: int, experience: Experience | None = None, task: str = "") -> None:
         self._table = table
         self._rounds = rounds
+        self._experience = experience
+        self._task = task
         self._booster: Any = None
+        self._share = 1.0  # of the other tasks' opinion in a prediction
+        self._shift = 0.0
 
     @property
-    def trained(self) -> bool:
+    def ready(self) -> bool:
         """Whether :meth:`predict` has anything to say."""
-        return self._booster is not None
+        return self._booster is not None or self._opinion(self._table.matrix([])) is not None
+
+    def _opinion(self, matrix: Matrix) -> Matrix | None:
+        return None if self._experience is None else self._experience.predict(self._task, self._table, matrix)
 
     def train(self, trials: Sequence[tuple[DesignSpace, Point, float | None]], seed: int) -> None:
-        """Fit to measured trials.
+        """Fit to measured trials; a few are not enough, and leave the model as it was.
 
         Args:
             trials: Space, point, and median latency in microseconds (None: failed).
@@ -46,20 +56,16 @@ class CostModel:
         """
         import xgboost
 
-        valid = [latency for _, _, latency in trials if latency is not None]
-        if not valid:
+        if len(trials) < _MIN_TRIALS or all(latency is None for _, _, latency in trials):
             return
-        best = min(valid)
-        labels = np.array(
-            [_FAILED if latency is None else max(_FAILED, math.log2(best / latency)) for _, _, latency in trials],
-            dtype=np.float32,
-        )
-        data = xgboost.DMatrix(
-            self._table.matrix([(space, point) for space, point, _ in trials]),
-            label=labels,
-            weight=np.exp2(labels) + 0.1,  # being right about the fast ones matters
-            nthread=1,
-        )
+        labels = scores([latency for _, _, latency in trials])
+        weights = np.exp2(labels) + 0.1  # being right about the fast ones matters
+        matrix = self._table.matrix([(space, point) for space, point, _ in trials])
+        self._share = _OTHERS_WEIGH / (_OTHERS_WEIGH + len(trials))
+        self._shift = 0.0
+        margin = self._margin(matrix)
+        self._shift = float(np.average(labels - margin, weights=weights))
+        data = xgboost.DMatrix(matrix, label=labels, weight=weights, base_margin=margin + self._shift, nthread=1)
         parameters = {
             "max_depth": 5,
             "eta": 0.15,
@@ -68,8 +74,7 @@ class CostModel:
             "colsample_bytree": 0.7,
             "nthread": 1,
             "seed": seed,
-            "tree_method": "exact" if len(trials) < 2000 else "hist",
-            "base_score": float(np.average(labels)),
+            "tree_method": "exact" if len(trials) < 1000 else "hist",
             "verbosity": 0,
         }
         self._booster = xgboost.train(parameters, data, num_boost_round=self._rounds)
@@ -80,4 +85,15 @@ class CostModel:
 
         if not points:
             return np.zeros(0, dtype=np.float32)
-        return np.asarray(self._booster.predict(xgboost.DMatrix(self._table.matrix(points), nthread=1)))
+        matrix = self._table.matrix(points)
+        margin = self._margin(matrix) + self._shift
+        if self._booster is None:
+            return margin
+        return np.asarray(self._booster.predict(xgboost.DMatrix(matrix, base_margin=margin, nthread=1)))
+
+    def _margin(self, matrix: Matrix) -> Matrix:
+        """The other tasks' opinion, scaled by what it is still worth."""
+        opinion = self._opinion(matrix)
+        if opinion is None:
+            return np.zeros(len(matrix), dtype=np.float32)
+        return self._share * opinion

@@ -15,7 +15,7 @@ _LIKELY = 0.5
 
 
 def rank_offspring(
-    measured: Sequence[Located],
+    parents: Sequence[Located],
     model: CostModel,
     validity: ValidityModel,
     acceptable: Callable[[Located], bool],
@@ -26,7 +26,7 @@ def rank_offspring(
     """Points that the model likes, best first.
 
     Args:
-        measured: Valid trials, fastest first: the first parents.
+        parents: Where to start from, best first: valid trials, or random points.
         model: Trained.
         validity: What it finds unlikely is left out.
         acceptable: Whether a point is new and within the limits.
@@ -34,11 +34,12 @@ def rank_offspring(
         count: How many points the caller wants; more are ranked.
         rng: Source of randomness.
     """
-    elites = list(measured[: max(16, len(measured) // 8)])
+    everyone = parents
+    elites = list(parents[: max(16, len(parents) // 8)])
     parents = elites
     scored: dict[Located, float] = {}
     for _ in range(settings.generations):
-        proposed = {_offspring(parents, measured, rng): None for _ in range(settings.proposals)}
+        proposed = {_offspring(parents, everyone, rng): None for _ in range(settings.proposals)}
         fresh = [located for located in proposed if located not in scored and acceptable(located)]
         likely = validity.probability(fresh)
         fresh = [located for located, probability in zip(fresh, likely, strict=True) if probability >= _LIKELY]
@@ -46,10 +47,28 @@ def rank_offspring(
             break
         scored.update(zip(fresh, model.predict(fresh).tolist(), strict=True))
         parents = sorted(scored, key=scored.__getitem__, reverse=True)[: max(_SURVIVORS, 2 * count)] + elites[:8]
-    return sorted(scored, key=scored.__getitem__, reverse=True)
+    return _spread(sorted(scored, key=scored.__getitem__, reverse=True), count)
 
 
-def _offspring(parents: Sequence[Located], measured: Sequence[Located], rng: random.Random) -> Located:
+def _spread(ranked: list[Located], count: int) -> list[Located]:
+    """Put candidates that differ from a better one in a single knob behind the first ``count`` that do not.
+
+    Neighbours are wrong together: a batch of them teaches little.
+    """
+    chosen: list[Located] = []
+    passed: list[Located] = []
+    for index, (space, point) in enumerate(ranked):
+        if len(chosen) >= count:
+            return chosen + passed + ranked[index:]
+        close = any(
+            other is space and sum(a != b for a, b in zip(point, chosen_point, strict=True)) < 2
+            for other, chosen_point in chosen
+        )
+        (passed if close else chosen).append((space, point))
+    return chosen + passed
+
+
+def _offspring(parents: Sequence[Located], everyone: Sequence[Located], rng: random.Random) -> Located:
     # the smaller of two draws: better parents have more children
     space, point = parents[min(rng.randrange(len(parents)), rng.randrange(len(parents)))]
     chance = rng.random()
@@ -60,5 +79,5 @@ def _offspring(parents: Sequence[Located], measured: Sequence[Located], rng: ran
         if other_space is space:
             return space, space.mutate(space.cross(point, other, rng), rng)
     if chance < 0.45:
-        space, point = rng.choice(measured)
+        space, point = rng.choice(everyone)
     return space, space.mutate(point, rng)

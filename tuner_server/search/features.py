@@ -22,14 +22,28 @@ class FeatureTable:
 
     def __init__(self, spaces: Sequence[DesignSpace]) -> None:
         names = {name: None for space in spaces for name in space.feature_names}
-        column = {name: index for index, name in enumerate(names, start=1)}  # the first one says which space
-        self._columns = {space.index: [column[name] for name in space.feature_names] for space in spaces}
-        self._width = 1 + len(column)
+        self._column = {name: index for index, name in enumerate(names, start=1)}  # the first one says which space
+        self._layouts: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
+        self._width = 1 + len(self._column)
+
+    def covers(self, space: DesignSpace) -> bool:
+        """Whether most features of a space, perhaps of another task, have a column here."""
+        sources, _ = self._layout(space.feature_names)
+        return 4 * len(sources) >= 3 * max(len(space.feature_names), len(self._column))
+
+    def _layout(self, names: tuple[str, ...]) -> tuple[list[int], list[int]]:
+        """Which features of a space have a column here, and which."""
+        if names not in self._layouts:
+            pairs = [(source, self._column[name]) for source, name in enumerate(names) if name in self._column]
+            self._layouts[names] = [source for source, _ in pairs], [goal for _, goal in pairs]
+        return self._layouts[names]
 
     def matrix(self, points: Sequence[Located]) -> Matrix:
-        """One row per point."""
+        """One row per point; of points of another task, the features that have a column here."""
         matrix = np.full((len(points), self._width), np.nan, dtype=np.float32)
         for row, (space, point) in zip(matrix, points, strict=True):
             row[0] = space.index
-            row[self._columns[space.index]] = space.features(point)
+            sources, goals = self._layout(space.feature_names)
+            features = space.features(point)
+            row[goals] = features if len(sources) == len(features) else [features[source] for source in sources]
         return matrix

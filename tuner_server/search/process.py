@@ -8,6 +8,7 @@ from typing import Any
 from tuner_core.errors import UsageError
 from tuner_server.processes.child import WorkError, serve
 from tuner_server.processes.limits import limit_resources
+from tuner_server.search.experience import Experience
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
 from tuner_server.search.session import SearchSession
 
@@ -16,10 +17,18 @@ class _Sessions:
     def __init__(self, settings: SearchSettings) -> None:
         self._settings = settings
         self._open: dict[str, SearchSession] = {}
+        self._experience: dict[str, Experience] = {}
 
     def open(self, args: dict[str, Any]) -> dict[str, Any]:
         try:
-            session = SearchSession(args["body"], args["target"], self._settings, args["seed"], _trials(args["known"]))
+            session = SearchSession(
+                args["body"],
+                args["target"],
+                self._settings,
+                args["seed"],
+                _trials(args["known"]),
+                self._experience.setdefault(args["target"], Experience()),
+            )
         except UsageError as error:
             raise WorkError("search_failed", str(error)) from None
         self._open[args["session"]] = session
@@ -36,7 +45,8 @@ class _Sessions:
         return {}
 
     def close(self, args: dict[str, Any]) -> dict[str, Any]:
-        self._open.pop(args["session"], None)
+        if (session := self._open.pop(args["session"], None)) is not None:
+            session.close()
         return {}
 
     def _get(self, args: dict[str, Any]) -> SearchSession:

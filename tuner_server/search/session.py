@@ -16,13 +16,15 @@ from collections.abc import Iterator, Sequence
 from tuner_core.model import sha256_hex
 from tuner_server.search.cost_model import CostModel
 from tuner_server.search.evolution import rank_offspring
+from tuner_server.search.experience import Experience
 from tuner_server.search.features import FeatureTable, Located
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
 from tuner_server.search.sketches import Applied, Rejected, Sketches
 from tuner_server.search.space import DesignSpace, Point
 from tuner_server.search.validity import ValidityModel
 
-_MIN_TRIALS_TO_TRAIN = 8
+_MIN_PARENTS = 8
+_RANDOM_PARENTS = 32  # for each space
 _BASES = 24  # points of each space from which random ones are redrawn
 _REDRAWS = 64
 _LIKELY = 0.5
@@ -37,20 +39,29 @@ class SearchSession:
         settings: How to search.
         seed: Equal seeds and equal reports give equal candidates.
         known: Trials from before: they are learned from, and their schedules not proposed again.
+        experience: Of all sessions for this target; this one learns from it and adds to it.
 
     Raises:
         UsageError: The workload is malformed, or holds what no operator needs.
     """
 
     def __init__(
-        self, body: str, target_json: str, settings: SearchSettings, seed: int, known: Sequence[KnownTrial] = ()
+        self,
+        body: str,
+        target_json: str,
+        settings: SearchSettings,
+        seed: int,
+        known: Sequence[KnownTrial] = (),
+        experience: Experience | None = None,
     ) -> None:
         self._settings = settings
         self._rng = random.Random(seed)
         self._sketches = Sketches(body, target_json, self._draw_seed())
         self._spaces = self._sketches.spaces
         table = FeatureTable(self._spaces)
-        self._model = CostModel(table, settings.boost_rounds)
+        self._task = sha256_hex(body)
+        self._experience = experience
+        self._model = CostModel(table, settings.boost_rounds, experience, self._task)
         self._validity = ValidityModel(table)
         self._trials: list[tuple[DesignSpace, Point, float | None]] = []
         self._trained_on = 0
@@ -89,6 +100,13 @@ class SearchSession:
                 self._codes.setdefault((space, space.without_unrolling(point)), {})[point] = None
             if located is not None:
                 self._trials.append((*located, trial.median_us))
+                if self._experience is not None:
+                    self._experience.add(self._task, located, trial.median_us)
+
+    def close(self) -> None:
+        """Leave to the others what was learned, and nothing else."""
+        if self._experience is not None:
+            self._experience.forget_opinion(self._task)
 
     def generate(self, count: int) -> list[str]:
         """New schedules to measure.
@@ -157,15 +175,31 @@ class SearchSession:
 
     def _proposals(self, count: int) -> list[Located]:
         """Points that the model likes best, best first; none while there is too little to learn from."""
-        valid = [trial for trial in self._trials if trial[2] is not None]
-        if len(self._trials) < max(_MIN_TRIALS_TO_TRAIN, self._settings.random_first) or not valid:
-            return []
         if self._trained_on != len(self._trials):
             self._model.train(self._trials, seed=self._rng.randrange(2**31))
             self._trained_on = len(self._trials)
-        valid.sort(key=lambda trial: trial[2] or 0.0)
-        measured = [(space, point) for space, point, _ in valid]
-        return rank_offspring(measured, self._model, self._validity, self._acceptable, self._settings, count, self._rng)
+        valid = sorted((trial for trial in self._trials if trial[2] is not None), key=lambda trial: trial[2] or 0.0)
+        if len(self._trials) < self._settings.random_first and not (self._experience and self._model.ready):
+            return []
+        parents = [(space, point) for space, point, _ in valid]
+        if len(parents) < _MIN_PARENTS:
+            parents += self._random_parents()
+        if not parents or not self._model.ready:
+            return []
+        return rank_offspring(parents, self._model, self._validity, self._acceptable, self._settings, count, self._rng)
+
+    def _random_parents(self) -> list[Located]:
+        """Random points of each space, with loop extents that TVM has decided."""
+        parents = []
+        for space in self._spaces:
+            bases = self._bases[space.index]
+            for _ in range(_BASES // 4 - len(bases)):
+                drawn = self._sketches.apply(space, None, self._draw_seed())
+                if drawn.point is not None:
+                    bases.append(drawn.point)
+            if bases:
+                parents += [(space, space.redraw(self._rng.choice(bases), self._rng)) for _ in range(_RANDOM_PARENTS)]
+        return parents
 
     def _is_new(self, space: DesignSpace, applied: Applied) -> bool:
         digest = sha256_hex(applied.trace)

@@ -1,0 +1,77 @@
+"""What one task teaches another."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+
+from tests.unit.test_search_space import POINT, TRACE
+from tuner_server.search.cost_model import CostModel
+from tuner_server.search.experience import FAILED, Experience, scores
+from tuner_server.search.features import FeatureTable
+from tuner_server.search.space import DesignSpace, Point
+
+NARROW: Point = (POINT[0], (16, 4, 1, 1), *POINT[2:])
+WIDE: Point = (POINT[0], (4, 1, 1, 16), *POINT[2:])
+
+
+def latency(point: Point) -> float:
+    return 100.0 / point[1][-1]  # type: ignore[index,operator]
+
+
+def teach(experience: Experience, task: str, space: DesignSpace, trials: int = 40) -> None:
+    rng = random.Random(task)
+    for _ in range(trials):
+        point = space.redraw(POINT, rng)
+        experience.add(task, (space, point), latency(point))
+
+
+def test_scores_are_relative_to_the_best_and_failures_come_last() -> None:
+    np.testing.assert_allclose(scores([10.0, 20.0, None, 5.0]), [-1.0, -2.0, FAILED, 0.0])
+    assert scores([None]).tolist() == [FAILED]
+
+
+def test_a_task_without_trials_ranks_by_what_others_have_seen() -> None:
+    experience = Experience()
+    teach(experience, "other", DesignSpace(0, TRACE))
+    own = DesignSpace(0, TRACE)
+    model = CostModel(FeatureTable([own]), 40, experience, "own")
+    assert model.ready
+    wide, narrow = model.predict([(own, WIDE), (own, NARROW)])
+    assert wide > narrow
+
+
+def test_nobody_else_s_opinion_is_no_opinion() -> None:
+    experience = Experience()
+    space = DesignSpace(0, TRACE)
+    assert not CostModel(FeatureTable([space]), 40, experience, "own").ready
+    teach(experience, "own", space)
+    assert not CostModel(FeatureTable([space]), 40, experience, "own").ready
+
+
+def test_an_operator_of_another_kind_teaches_nothing() -> None:
+    other = copy.deepcopy(TRACE)
+    for position in (3, 4):
+        other[0][position][2][0] = 3  # tiles of three levels
+        other[1][position - 3][1] = other[1][position - 3][1][:3]
+    experience = Experience()
+    space = DesignSpace(0, other)
+    point = space.point_of(other)
+    assert point is not None
+    for _ in range(60):
+        experience.add("other", (space, point), 1.0)
+    assert not CostModel(FeatureTable([DesignSpace(0, TRACE)]), 40, experience, "own").ready
+
+
+def test_own_trials_overrule_what_others_have_seen() -> None:
+    experience = Experience()
+    teach(experience, "other", DesignSpace(0, TRACE))
+    own = DesignSpace(0, TRACE)
+    model = CostModel(FeatureTable([own]), 40, experience, "own")
+    rng = random.Random(1)
+    points = [own.redraw(POINT, rng) for _ in range(60)]
+    model.train([(own, point, 1000.0 / latency(point)) for point in points], seed=0)  # the other way round
+    wide, narrow = model.predict([(own, WIDE), (own, NARROW)])
+    assert narrow > wide
