@@ -57,7 +57,7 @@ def randomise(model: Any, seed: int) -> None:
     """Replace every floating-point weight of a model, in place."""
     rng = np.random.default_rng(seed)
     graph = model.graph
-    roles = {name: (node, position) for node in graph.node for position, name in enumerate(node.input)}
+    users = _users(graph)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     kept_nodes, weights = [], {}
     for node in graph.node:
@@ -69,7 +69,7 @@ def randomise(model: Any, seed: int) -> None:
         if value.dtype == np.float32 and value.size > 1:
             weights[name] = value.shape
     kept = [tensor for tensor in graph.initializer if tensor.name not in weights]
-    made = [numpy_helper.from_array(_weight(name, weights[name], roles, rng), name) for name in sorted(weights)]
+    made = [numpy_helper.from_array(_weight(name, weights[name], users, rng), name) for name in sorted(weights)]
     inputs = [value for value in graph.input if value.name not in weights]
     del graph.node[:], graph.initializer[:], graph.input[:]
     graph.node.extend(kept_nodes)
@@ -77,15 +77,44 @@ def randomise(model: Any, seed: int) -> None:
     graph.input.extend(inputs)
 
 
-def _weight(name: str, shape: tuple[int, ...], roles: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-    node, position = roles.get(name, (None, 0))
+def varied_inputs(shape: tuple[int, ...], count: int, seed: int = 3) -> list[np.ndarray]:
+    """Seeded images in [0.1, 1) that differ in their coarse structure too: averages over noise would be all alike."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        coarse = rng.uniform(0, 1, (*shape[:2], 4, 4)).repeat(-(-shape[2] // 4), 2).repeat(-(-shape[3] // 4), 3)
+        noise = rng.uniform(0, 1, shape)
+        images.append((0.1 + 0.9 * coarse[:, :, : shape[2], : shape[3]] * noise).astype("float32"))
+    return images
+
+
+def _users(graph: Any) -> dict[str, list[tuple[Any, int]]]:
+    users: dict[str, list[tuple[Any, int]]] = {}
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            users.setdefault(name, []).append((node, position))
+    return users
+
+
+def _weight(
+    name: str, shape: tuple[int, ...], users: dict[str, list[tuple[Any, int]]], rng: np.random.Generator
+) -> np.ndarray:
+    node, position = users.get(name, [(None, 0)])[0]
+    while node is not None and node.op_type == "Unsqueeze":
+        node, position = users[node.output[0]][0]
     kind = node.op_type if node is not None else ""
-    if kind == "BatchNormalization" and position in (1, 4):  # scale, variance
+    if kind == "BatchNormalization" and position == 1 and _ends_a_branch(node, users):
+        return rng.uniform(0.1, 0.4, shape).astype("float32")  # or sixteen sums in a row saturate the softmax
+    if kind == "Mul" or (kind == "BatchNormalization" and position in (1, 4)):  # scale, variance
         return rng.uniform(0.5, 1.5, shape).astype("float32")
     if len(shape) == 1:
         return (0.1 * rng.standard_normal(shape)).astype("float32")
-    deviation = float(np.sqrt(2 / np.prod(shape[1:])))
+    deviation = float(np.sqrt(2 / np.prod(shape[1:]))) * (0.3 if kind == "Gemm" else 1)
     return rng.normal(0, deviation, shape).astype("float32")
+
+
+def _ends_a_branch(node: Any, users: dict[str, list[tuple[Any, int]]]) -> bool:
+    return any(user.op_type == "Sum" and position == 0 for user, position in users.get(node.output[0], []))
 
 
 def _resize(model: Any, resolution: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.integration.compiler_operators import CUDA, LLVM, conv, prepared
-from tests.light_models import light_model, write_random_model
+from tests.light_models import light_model, varied_inputs, write_random_model
 from tuner_client.model.load import load_model
 from tuner_client.model.prepare import Prepared, parse_target, prepare
 from tuner_core.compiler.apply import apply_schedules
@@ -54,8 +54,7 @@ def traces(model: Prepared) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def inputs() -> list[np.ndarray]:
-    rng = np.random.default_rng(3)
-    return [rng.uniform(0.1, 1, (1, 3, RESOLUTION, RESOLUTION)).astype("float32") for _ in range(2)]
+    return varied_inputs((1, 3, RESOLUTION, RESOLUTION), 2)
 
 
 def outputs(executable: Any, inputs: list[np.ndarray], weights: Any = ()) -> list[np.ndarray]:
