@@ -73,33 +73,35 @@ def stock_row(run: Mapping[str, Any], tasks: Sequence[BenchTask]) -> tuple[dict[
 
 
 def service_row(run: ServiceRun, evaluator: str, names: Mapping[str, str]) -> tuple[dict[str, Any], list[Sample]]:
-    """Figures of a run of this service, and its valid trials.
+    """Figures of a run of this service, and all latencies that it knew: of its trials, and of the fallback schedules.
 
     Args:
         run: The run.
         evaluator: Whose evaluator settings it used: ``own`` or ``stock``.
         names: Task by workload digest.
     """
-    samples = [
+    known = [
         Sample(names[record.workload_digest], record.created_at - run.tuning_from, record.median_us or 0.0)
-        for record in run.trials
+        for record in run.records
+        if record.valid and not record.verified
     ]
+    trials = [names[record.workload_digest] for record in run.trials]
     tuning_s = run.tuning_to - run.tuning_from
     row = {
         "side": "service",
         "evaluator": evaluator,
-        "trials": len(samples),
+        "trials": len(trials),
         "failed": sum(record.failure is not None for record in run.records),
         "duplicates": 0,
         "tuning_s": tuning_s,
         "start_up_s": run.tuning_from - run.started_at,
-        "trials_per_s": len(samples) / tuning_s,
-        "trials_per_s_with_start_up": len(samples) / (run.tuning_to - run.started_at),
-        "trials_by_task": {name: sum(sample.task == name for sample in samples) for name in names.values()},
+        "trials_per_s": len(trials) / tuning_s,
+        "trials_per_s_with_start_up": len(trials) / (run.tuning_to - run.started_at),
+        "trials_by_task": {name: trials.count(name) for name in names.values()},
         "job_status": run.report.status,
         "verified": {task.name: task.verified for task in run.report.tasks},
     }
-    return row, samples
+    return row, known
 
 
 def show(rows: Sequence[Mapping[str, Any]], tasks: Sequence[BenchTask]) -> None:
