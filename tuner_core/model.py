@@ -1,6 +1,7 @@
 """The vocabulary of the product as frozen values: workloads, targets, devices, partitions, records.
 
-Nothing here imports TVM or gRPC, so that every room can. Latencies are microseconds (``_us``), durations seconds (``_s``).
+Nothing here imports TVM or gRPC, so that every room can. Latencies are microseconds (``_us``), durations seconds
+(``_s``).
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class EvaluatorSettings:
-    """How a latency is sampled: ``repeat`` samples, each the mean of at least ``number`` calls lasting ``min_repeat_ms``."""
+    """How a latency is sampled: ``repeat`` samples, each a mean of ``number`` calls or more, for ``min_repeat_ms``."""
 
     number: int = 1
     repeat: int = 3
@@ -203,9 +204,7 @@ class Record:
     @property
     def key(self) -> RecordKey:
         """The strict look-up key of this record."""
-        return RecordKey(
-            self.workload_digest, self.target_digest, self.device_model, self.sm_count, self.tvm_version
-        )
+        return RecordKey(self.workload_digest, self.target_digest, self.device_model, self.sm_count, self.tvm_version)
 
     @property
     def valid(self) -> bool:

@@ -37,7 +37,7 @@ async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> bool:
     """:func:`wait_until` inside an event loop."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
-            while not condition():  # noqa: ASYNC110
+            while not condition():
                 await asyncio.sleep(0.02)
     return condition()
 
