@@ -32,7 +32,7 @@ BODIES = {
     # something to be in the middle of
     "slow": _WARP
     + """
-            for step in T.serial(T.int64(1 << 22)):
+            for step in T.serial(T.int64(1 << 25)):
                 B[thread] = B[thread] * A[thread] + A[thread + 32]
 """,
     # the same for hours
@@ -46,15 +46,15 @@ BODIES = {
     + """
             B[thread] = A[T.Cast("int64", thread) + T.int64(1 << 42)]
 """,
-    # needs 2 TB of device memory for an intermediate
+    # needs 2 TB of device memory for an intermediate, which is used far apart so that it is not compacted
     "greedy": """
     huge = T.alloc_buffer((T.int64(1 << 39),), "float32")
     for block in BLOCKS(1):
         for thread in THREADS(32):
-            huge[T.Cast("int64", thread)] = A[thread]
+            huge[T.Cast("int64", thread) * T.int64(1 << 34)] = A[thread]
     for block in BLOCKS(1):
         for thread in THREADS(32):
-            B[thread] = huge[T.Cast("int64", thread)]
+            B[thread] = huge[T.Cast("int64", thread) * T.int64(1 << 34)]
 """,
 }
 _HEAD = f"""
