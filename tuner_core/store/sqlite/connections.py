@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -28,6 +29,23 @@ def connect(path: str) -> sqlite3.Connection:
     # WAL with FULL: the log is synced at every commit, so an acknowledged commit survives a power cut
     connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+def switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Write ahead from now on. SQLite does not wait for this lock as its busy timeout says, so this does.
+
+    Raises:
+        sqlite3.OperationalError: Another process holds the file for longer than the busy timeout.
+    """
+    deadline = time.monotonic() + _BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 class ReaderPool:

@@ -44,7 +44,7 @@ class SqliteStore(RecordStore):
         with explained(self._path):
             connection = connect(self._path)
             try:
-                connection.execute("PRAGMA journal_mode = WAL")
+                switch_to_wal(connection)
                 connection.execute("PRAGMA journal_size_limit = 67108864")
                 upgrade(connection, self._path)
             except BaseException:
