@@ -12,7 +12,7 @@ from tuner_core.errors import StoreError, UsageError
 from tuner_core.model import Record, RecordKey, Workload
 from tuner_core.store.interface import CommitResult, Page, RecordFilter, RecordStore
 from tuner_core.store.paging import MAX_LIMIT, check_query
-from tuner_core.store.sqlite.connections import ReaderPool, Writer, connect
+from tuner_core.store.sqlite.connections import ReaderPool, Writer, connect, switch_to_wal
 from tuner_core.store.sqlite.failures import explained
 from tuner_core.store.sqlite.query import run_query
 from tuner_core.store.sqlite.rows import RECORD_COLUMNS, RecordWriter, read_records, read_workload
