@@ -11,7 +11,7 @@ PIP    := PYTHONWARNINGS=ignore $(PY) -m pip --disable-pip-version-check -q
 # What the targets take: make test PYTEST_ARGS='-k store'; make demo DEMO_ARGS='--trials 64'; make bench-cpu BENCH_ARGS='--trials 128'
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
-DEMO_TRIALS ?= 700
+DEMO_TRIALS ?= 1000
 BENCH_ARGS  ?=
 
 .PHONY: help setup demo test lint format protos protos-check bench-cpu bench-gpu bench-memory clean
