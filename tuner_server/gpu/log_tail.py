@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _MAX_BYTES_PER_LOOK = 64 << 10
-# The daemon says this of healthy clients too.
-_NOISE = ("User did not send valid credentials",)
+# The daemon says this of healthy clients too, and of every client that ends in order (seen with driver 580).
+_NOISE = ("User did not send valid credentials", "with status 806, assuming client")
 _WARNINGS = ("error", "fault", "fail", "fatal", "abnormal")
 
 
@@ -67,7 +67,7 @@ class LogTail:
     def _copy(self, path: Path, line: str) -> None:
         if not line or any(noise in line for noise in _NOISE):
             return
-        level = logging.WARNING if any(word in line.lower() for word in _WARNINGS) else logging.INFO
+        level = logging.WARNING if any(word in line.lower() for word in _WARNINGS) else logging.DEBUG
         self._target.log(level, "%s: %s", path.stem, line)
 
 

@@ -25,11 +25,30 @@ from tuner_server.measure.inputs import ArgsInfo, Array, draw_array, load_refere
 from tuner_server.measure.models import measure_models
 from tuner_server.processes.child import WorkError, one_line, serve
 
+_MARGIN = 1.05  # so that a sample is not shorter than asked for when the calls get faster
 _ENTRY = "main"
 _CACHE_BYTES = 256 << 20
 _UNWRITTEN_INTEGER = 113
 DEVICE_FAULT = "device_fault"  # the worker's context is gone: restart it
 _OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cannot allocate", "alloc failed", "memoryerror")
+
+
+def _calls_per_sample(sample: Callable[[int, int], list[float]], fewest: int, duration_us: float) -> int:
+    """How many calls make a sample of the wanted length.
+
+    TVM finds this out anew for every sample, by samples of growing length, and overshoots by up to 1.6: half of the
+    device's time went there. A single call, then a few, come close enough.
+
+    Args:
+        sample: Times so many calls so many times; microseconds per call.
+        fewest: Calls at least.
+        duration_us: Length wanted.
+    """
+    (per_call,) = sample(fewest, 1)
+    if per_call * fewest >= duration_us:
+        return fewest
+    (per_call,) = sample(max(fewest, math.ceil(min(duration_us / 5, 2000.0) / max(per_call, 1e-3))), 1)
+    return max(fewest, math.ceil(duration_us * _MARGIN / max(per_call, 1e-3)))
 
 
 def main(sock: socket.socket, config: dict[str, Any]) -> None:
@@ -101,16 +120,14 @@ class Worker:
         arguments = self._attempt(lambda: self._cache.get(args["args_info"]))
 
         def sample(number: int, repeat: int) -> list[float]:
-            timer = library.time_evaluator(
-                _ENTRY, self._device, number=number, repeat=repeat, min_repeat_ms=min_repeat_ms
-            )
+            timer = library.time_evaluator(_ENTRY, self._device, number=number, repeat=repeat, min_repeat_ms=0)
             return [seconds * 1e6 for seconds in timer(*arguments).results]
 
+        calls = self._attempt(lambda: _calls_per_sample(sample, number, min_repeat_ms * 1000.0))
         first = 1 if limit_us is not None else repeat
-        samples = self._attempt(lambda: sample(number, first))
+        samples = self._attempt(lambda: sample(calls, first))
         gave_up = limit_us is not None and samples[0] > limit_us
         if not gave_up and first < repeat:
-            calls = max(number, math.ceil(min_repeat_ms * 1000 / max(samples[0], 1e-3)))  # spares a new calibration
             samples += self._attempt(lambda: sample(calls, repeat - first))
         if not all(math.isfinite(value) and value > 0 for value in samples):
             raise WorkError(FailureKind.RUN_ERROR, f"the timer returned {samples}")

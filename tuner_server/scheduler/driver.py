@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import zlib
@@ -371,8 +372,11 @@ class JobRun:
         origin = Origin.FALLBACK if wanted.fallback else Origin.SEARCH
         measurement = self._alone[index, wanted.trace]
         trial = ""
+        against = "llvm, unscheduled, on the host"
         try:
             reference = await self._references[index]
+            if reference is None:
+                against = "fallback schedule, on the device"
             outcome = await self._engine.check(
                 self._artifacts[index, wanted.trace],
                 workload,
@@ -384,12 +388,26 @@ class JobRun:
             message = f"{failure.kind}: {failure}"
         if verdict == "ok":
             record = self._record(workload, wanted.trace, measurement=measurement, origin=origin, verified=True)
+            record = replace(record, tags={**record.tags, "reference": against})
             await self._commit(record)
             trial = record.trial_id
         elif verdict == "wrong_result":
             wrong = TrialFailed(FailureKind.WRONG_RESULT, message)
             await self._commit(self._record(workload, wanted.trace, failure=wrong, origin=origin, verified=True))
+        if verdict in ("ok", "inconclusive"):
+            await self._drop_reference(index)
         self._events.put_nowait(m.Checked(index, wanted.trace, verdict, message, trial))
+
+    async def _drop_reference(self, index: int) -> None:
+        """Delete the task's reference: inputs and outputs of large operators take many megabytes."""
+        reference = self._references.pop(index, None)
+        if reference is None:
+            return
+        reference.cancel()
+        with contextlib.suppress(asyncio.CancelledError, TrialFailed):
+            path = await reference
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     # Model
 
@@ -420,9 +438,8 @@ class JobRun:
         for work in list(self._work):
             work.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
-        for reference in self._references.values():
-            reference.cancel()
-        await asyncio.gather(*self._references.values(), return_exceptions=True)
+        for index in list(self._references):
+            await self._drop_reference(index)
         for index, task in enumerate(self._machine.tasks):
             if task.session_open:
                 await self._engine.search.close(self._session(index))

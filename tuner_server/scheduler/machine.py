@@ -18,7 +18,8 @@ from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
 from tuner_server.scheduler.gradient import gain_per_trial
 
-HOPELESS_FACTOR = 3.0
+HOPELESS_FACTOR = 1.5
+"""A candidate whose first sample is slower than this many times the best gets no more samples."""
 MAX_SESSION_LOSSES = 3
 WORTH_WAITING_FOR = 0.25
 """A free task that gains less than this share of what a busy one gains does not get its batch now."""
