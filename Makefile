@@ -11,7 +11,8 @@ PIP    := PYTHONWARNINGS=ignore $(PY) -m pip --disable-pip-version-check -q
 # What the targets take: make test PYTEST_ARGS='-k store'; make demo DEMO_ARGS='--trials 64'; make bench-cpu BENCH_ARGS='--trials 128'
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
-DEMO_TRIALS ?= 1000
+DEMO_MODEL  ?= shufflenet
+DEMO_TRIALS ?= 800
 BENCH_ARGS  ?=
 
 .PHONY: help setup demo test lint format protos protos-check bench-cpu bench-gpu bench-memory clean
@@ -38,9 +39,9 @@ $(STAMP):
 # Its records stay in build/demo: a second run reuses them and measures only what is new.
 demo: $(STAMP) ## tune a small real model on this machine's CPU, start to finish
 	@mkdir -p build/demo
-	TUNER_DATA_DIR=build/demo $(VENV)/bin/tuner-client tune "$$($(PY) examples/light_model.py squeezenet)" \
-		--trials $(DEMO_TRIALS) --output build/demo/squeezenet.so $(DEMO_ARGS)
-	$(PY) examples/run_built.py build/demo/squeezenet.so
+	TUNER_DATA_DIR=build/demo $(VENV)/bin/tuner-client tune "$$($(PY) examples/light_model.py $(DEMO_MODEL))" \
+		--trials $(DEMO_TRIALS) --output build/demo/$(DEMO_MODEL).so $(DEMO_ARGS)
+	TVM_NUM_THREADS=$$(nproc) $(PY) examples/run_built.py build/demo/$(DEMO_MODEL).so
 
 test: $(STAMP) ## all tests that this machine can run
 	$(PY) -m pytest $(PYTEST_ARGS)
