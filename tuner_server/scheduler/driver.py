@@ -33,7 +33,6 @@ from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.history import known_trials
 from tuner_server.scheduler.machine import JobMachine, TaskPlan
 from tuner_server.scheduler.report import JobFacts, queued_status, running_status
-from tuner_server.search.messages import KnownTrial as SearchTrial
 from tuner_server.search.messages import SearchFailed, SearchLost
 from tuner_server.trial import TrialFailed
 
@@ -195,7 +194,6 @@ class JobRun:
         return f"{self.facts.job}/{index}"
 
     async def _open(self, wanted: m.OpenSession) -> None:
-        known = [SearchTrial(trial.trace, trial.median_us) for trial in wanted.known]
         seed = (self.facts.spec.seed + wanted.task * 7919) % (2**31 - 2) + 1
         try:
             await self._engine.search.open(
@@ -203,7 +201,7 @@ class JobRun:
                 self._workloads[wanted.task],
                 self._engine.target_json,
                 seed=seed,
-                known=known,
+                known=wanted.known,
             )
         except (SearchFailed, SearchLost) as error:
             log.warning("%s: cannot open a search: %s", self.facts.spec.tasks[wanted.task].name, error)
@@ -221,9 +219,8 @@ class JobRun:
             self._events.put_nowait(m.CandidatesReady(wanted.task, wanted.batch, tuple(traces)))
 
     async def _report(self, wanted: m.Report) -> None:
-        results = [SearchTrial(trial.trace, trial.median_us) for trial in wanted.results]
         try:
-            await self._engine.search.report(self._session(wanted.task), results)
+            await self._engine.search.report(self._session(wanted.task), wanted.results)
         except SearchLost as error:  # the batch that it was generating says so too
             log.warning("%s: %s", self.facts.spec.tasks[wanted.task].name, error)
 

@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tuner_core.model import FailureKind, JobState
-
-
-@dataclass(frozen=True)
-class KnownTrial:
-    """A trial whose outcome is known: its trace as JSON, and its median latency or None when it failed."""
-
-    trace: str = field(repr=False)
-    median_us: float | None
+from tuner_server.search.messages import KnownTrial as KnownTrial
 
 
 @dataclass(frozen=True)
