@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tuner_server.scheduler.gradient import gain_per_trial
+from tuner_core.allocation.gradient import gain_per_trial
 
 
 def test_hand_computed_case() -> None:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from tuner_core.allocation.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
 from tuner_core.model import FailureKind, JobState, TaskState
 from tuner_server.scheduler import messages as m
-from tuner_server.scheduler.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
 from tuner_server.scheduler.machine import JobMachine, Limits, TaskPlan
 
 

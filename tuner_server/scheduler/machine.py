@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tuner_core.allocation.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
+from tuner_core.allocation.gradient import gain_per_trial
 from tuner_core.model import FailureKind, JobState, TaskState
 from tuner_server.scheduler import messages as m
-from tuner_server.scheduler.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
-from tuner_server.scheduler.gradient import gain_per_trial
 
 HOPELESS_FACTOR = 1.5
 """A candidate whose first sample is slower than this many times the best gets no more samples."""
