@@ -110,9 +110,13 @@ class Connection:
         self._open()
         return True
 
-    def death(self) -> str | None:
-        """How this connection's own server ended, None while it runs or when it is not ours."""
-        if self._server is None or self._server.exit_code is None:
+    def death(self, *, settle_s: float = 0.0) -> str | None:
+        """How this connection's own server ended, None while it runs or when it is not ours.
+
+        Args:
+            settle_s: Wait that long for the end of a server of our own.
+        """
+        if self._server is None or not self._server.ends_within(settle_s):
             return None
         return self._server.describe_death()
 

@@ -84,6 +84,12 @@ class EmbeddedServer:
         """Exit code, None while it runs, negative for a signal."""
         return self._process.poll()
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """Whether it has ended, or ends in that time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+        return self._process.poll() is not None
+
     def _await_ready(self, ready: int) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S
         line = b""

@@ -16,6 +16,8 @@ RECONNECT_S = 60.0
 _FIRST_PAUSE_S = 0.3
 _LONGEST_PAUSE_S = 4.0
 _MAX_RESTARTS = 3
+_SETTLE_S = 0.5
+"""A killed process closes its connections before it can be waited for: how long its end may take to show."""
 
 
 @dataclass
@@ -82,7 +84,12 @@ def follow(connection: Connection, job: str, progress: Progress, *, reconnect_s:
                 progress.job(last)
                 return last
             raise UnavailableError(_gave_up(connection, job, reconnect_s, reason))
-        died = connection.death()
+        died = connection.death(settle_s=_SETTLE_S)
+        if died is None:
+            progress.reconnecting(str(reason), waited_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            died = connection.death()
         if died is not None:
             restarts += 1
             if restarts > _MAX_RESTARTS:
@@ -91,10 +98,6 @@ def follow(connection: Connection, job: str, progress: Progress, *, reconnect_s:
                     f"go on with: {resume_command(connection, job)}"
                 )
             progress.note(f"{died}; starting it again")
-        else:
-            progress.reconnecting(str(reason), waited_s)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         try:
             if connection.reopen():
                 _go_on(connection, job)

@@ -12,6 +12,7 @@ from types import FrameType
 import click
 
 from tuner_client.cli.ending import fail, interrupted
+from tuner_core.compiler.tvm_setup import leave_torch_out
 from tuner_core.errors import ExitCode, TunerError, UsageError
 
 _COMMANDS = {  # name: (module, one-line help, so that a list of commands imports none of them)
@@ -94,6 +95,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with the code of :class:`tuner_core.errors.ExitCode`, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    leave_torch_out()
     for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: a job is saved, a local server stopped
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _on_signal)

@@ -32,8 +32,8 @@ def import_torch(path: Path, shapes: Mapping[str, Shape]) -> ImportedModel:
         raise ModelError(f"{path} is not a torch.export program, or is truncated")
     if importlib.util.find_spec("torch") is None:
         raise ModelError(f"{path.name} needs torch, which is not installed: pip install '{PACKAGE}[torch]'")
+    program = _read(path)  # imports torch, which TVM's frontend needs to find when TVM is imported
     load_tvm()
-    program = _read(path)
     try:
         with _quiet():
             from tvm.relax.frontend.torch import from_exported_program

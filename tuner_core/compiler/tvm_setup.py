@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import inspect
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 from tuner_core.errors import TunerError
@@ -12,6 +14,7 @@ from tuner_core.errors import TunerError
 TVM_PIN = "0.27.0.post1"
 FFI_PIN = "0.1.14.post1"
 
+_leave_torch_out = False
 _checked = False  # reading the packages' metadata takes milliseconds, and this is called for every workload
 
 
@@ -30,6 +33,29 @@ def check_pins() -> None:
             raise TunerError(f"{package} is not installed: pip install {package}=={pin}") from None
         if version != pin:
             raise TunerError(f"{package} {version} is installed, but only {pin} works: pip install {package}=={pin}")
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Have TVM imported without torch, unless this process has imported that already.
+
+    tvm_ffi imports torch where it is installed: half a gigabyte, and it asks torch for GPUs, which initialises CUDA.
+    Afterwards torch is unknown rather than None in ``sys.modules``, where scipy looks.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+def leave_torch_out() -> None:
+    """Let :func:`load_tvm` use :func:`without_torch` from now on: for programs that hand TVM no torch tensors."""
+    global _leave_torch_out
+    _leave_torch_out = True
 
 
 def _stack_without_modules(context: int = 1) -> list[inspect.FrameInfo]:
@@ -60,8 +86,8 @@ def load_tvm(*, intrinsics: bool = False) -> str:
     if not _checked:
         check_pins()
         _checked = True
-    import tvm
-
+    with without_torch() if _leave_torch_out and "tvm" not in sys.modules else contextlib.nullcontext():
+        import tvm
     if intrinsics:
         original = inspect.stack
         inspect.stack = _stack_without_modules

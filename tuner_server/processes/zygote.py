@@ -96,16 +96,12 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     roles = json.loads(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops its children in order
-    # tvm_ffi imports torch where it is installed, and asks it for GPUs: that initialises CUDA, which then fails with
-    # cudaErrorInitializationError in every fork. No role needs torch. (Afterwards it is unknown rather than None:
-    # scipy looks at sys.modules.)
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    from tuner_core.compiler.tvm_setup import load_tvm
+    from tuner_core.compiler.tvm_setup import load_tvm, without_torch
 
-    version = load_tvm(intrinsics=True)
-    for module in roles.values():
-        importlib.import_module(module)
-    del sys.modules["torch"]
+    with without_torch():  # CUDA that was initialised here would fail in every fork; no role needs torch
+        version = load_tvm(intrinsics=True)
+        for module in roles.values():
+            importlib.import_module(module)
     gc.collect()
     gc.freeze()
 
