@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import json
 import os
+import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +49,7 @@ class DataDirLock:
             raise TunerError(
                 f"cannot write the data directory {path} ({error.strerror}); choose another with --data-dir"
             ) from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _lock(self._fd):
             holder = read_holder(path)
             os.close(self._fd)
             who = f" (pid {holder.pid}, {holder.address})" if holder else ""
@@ -74,6 +74,27 @@ class DataDirLock:
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
         os.close(self._fd)
+
+
+def _lock(fd: int) -> bool:
+    """Hold the file alone; False when another server does.
+
+    :func:`read_holder` shares the lock for an instant. Whoever could share it too is beside such readers only, and
+    waits for them.
+    """
+    while True:
+        for mode in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+            try:
+                fcntl.flock(fd, mode | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            if mode == fcntl.LOCK_EX:
+                return True
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            time.sleep(random.uniform(0.001, 0.01))  # two servers that start at once must not keep in step
+            break
+        else:
+            return False
 
 
 def read_holder(path: Path) -> Holder | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,36 @@ def test_the_second_server_is_told_who_holds_the_directory(tmp_path: Path) -> No
             holder.send_signal(signal.SIGKILL)
     assert read_holder(tmp_path) is None
     DataDirLock(tmp_path).release()
+
+
+def test_whoever_asks_for_the_holder_does_not_pass_for_one(tmp_path: Path) -> None:
+    DataDirLock(tmp_path).release()
+    reader = os.open(tmp_path / "server.lock", os.O_RDWR)
+    fcntl.flock(reader, fcntl.LOCK_SH)  # in the middle of read_holder
+    gone = threading.Timer(0.1, os.close, [reader])
+    gone.start()
+    DataDirLock(tmp_path).release()
+    assert gone.finished.is_set()
+
+
+def test_servers_that_start_at_once_agree_on_one(tmp_path: Path) -> None:
+    held: list[DataDirLock] = []
+    refused: list[ConflictError] = []
+
+    def start() -> None:
+        read_holder(tmp_path)
+        try:
+            held.append(DataDirLock(tmp_path))
+        except ConflictError as error:
+            refused.append(error)
+
+    starters = [threading.Thread(target=start) for _ in range(16)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join()
+    assert (len(held), len(refused)) == (1, 15)
+    held[0].release()
 
 
 def test_a_released_directory_has_no_holder(tmp_path: Path) -> None:
