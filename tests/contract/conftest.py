@@ -66,6 +66,10 @@ def remote(
 
 
 BACKENDS = {"sqlite": sqlite_backend}
+# where the claims tests find a store of each kind that several processes can open
+CLAIM_URLS: dict[str, Callable[[Path, pytest.FixtureRequest], str]] = {
+    "sqlite": lambda directory, request: f"sqlite://{directory / 'records.db'}",
+}
 
 
 @pytest.fixture(params=[f"{place}-{name}" for name in BACKENDS for place in ("local", "remote")])

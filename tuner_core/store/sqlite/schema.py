@@ -68,6 +68,15 @@ MIGRATIONS: tuple[Migration, ...] = (
                 PRIMARY KEY (key_id, trace_digest)) WITHOUT ROWID""",
         ),
     ),
+    Migration(
+        2,
+        (
+            # AUTOINCREMENT: a token is never given twice
+            """CREATE TABLE claims (
+                token INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, holder TEXT NOT NULL,
+                ends_at REAL NOT NULL)""",
+        ),
+    ),
 )
 
 
