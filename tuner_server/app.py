@@ -95,7 +95,9 @@ class Server:
         authenticator = Authenticator(tokens)
         self._grpc = grpc.aio.server(interceptors=[authenticator], options=SERVER_CHANNEL_OPTIONS)
         tuning_pb2_grpc.add_TuningServiceServicer_to_server(TuningServicer(self._jobs, authenticator), self._grpc)
-        records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(self._store), self._grpc)
+        records_pb2_grpc.add_RecordServiceServicer_to_server(
+            RecordServicer(self._store, authenticator), self._grpc
+        )
         host_pb2_grpc.add_HostServiceServicer_to_server(
             HostServicer(self._engine, self._jobs, self.instance, config.store_url), self._grpc
         )

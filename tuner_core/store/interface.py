@@ -7,12 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tuner_core.errors import StoreError
 from tuner_core.model import Record, RecordKey, Workload
+from tuner_core.store.claims import Claims
 
 
 @dataclass(frozen=True)
 class RecordFilter:
-    """Which records a query wants; an unset field does not restrict. ``since`` is seconds since the epoch."""
+    """Which records a query wants; an unset field does not restrict.
+
+    Attributes:
+        text: Part of the description, in any case.
+        since: Seconds since the epoch.
+        shape: Extents joined by ``x``, ``?`` for any, e.g. ``1x56x56x64``: a parameter of the operator has this shape,
+            or its description names it (``3x3``); see :mod:`tuner_core.store.shapes`.
+        nearest_sm_percent: For each workload and device model, only the records of the one share that is nearest to
+            this among the records that match otherwise; of two equally near shares the lower.
+    """
 
     op: str = ""
     text: str = ""
@@ -32,6 +43,8 @@ class RecordFilter:
     include_failed: bool = False
     since: float | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    shape: str = ""
+    nearest_sm_percent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,14 @@ class Page:
 
     records: tuple[Record, ...]
     next_cursor: str | None
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Records in the order in which they were committed, and where to go on; see :meth:`RecordStore.follow`."""
+
+    records: tuple[Record, ...]
+    cursor: str
 
 
 @dataclass(frozen=True)
@@ -105,23 +126,83 @@ class RecordStore(ABC):
         """
 
     @abstractmethod
+    def follow(
+        self, where: RecordFilter, after: str | None = None, *, limit: int = 1_000, wait_s: float = 0.0
+    ) -> Followed:
+        """The next records that were committed, in the order of their commits; waits for one when there is none.
+
+        A cursor is a place in that order, between two commits or within one. Whoever begins anywhere and always goes on
+        with the cursor of the answer before sees every record that is committed behind the beginning and matches
+        exactly once, whichever process commits it, however many commit at a time, and over restarts of the store:
+        nothing is skipped, nothing comes twice. A commit that finds a record known (same ``trial_id``) is none; a
+        record that was deleted before it was read does not come; :meth:`tag` does not bring a record again.
+
+        Args:
+            where: As for :meth:`query`, judged when the record is read; ``nearest_sm_percent`` is refused.
+            after: A ``cursor`` of an earlier answer of the same store, whatever its filter was; None: the present end.
+            limit: Records in the answer, 1..10000.
+            wait_s: How long to wait, at most, for the first record that matches; 0: not at all.
+
+        Returns:
+            As soon as there are any, up to ``limit`` records and the cursor behind the last one. When the time is up,
+            no record and a cursor that stands behind everything that was looked at, so that an idle follower moves on.
+
+        Raises:
+            UsageError: Not a cursor of this store, or one so old that the store has forgotten what came behind it (it
+                never skips in silence); a limit out of range; ``nearest_sm_percent``.
+        """
+
+    @abstractmethod
+    def tag(self, trial_id: str, tags: Mapping[str, str | None]) -> Record:
+        """Set tags of a record; durable when it returns. Other tags of the record and other records stay as they are.
+
+        Args:
+            trial_id: The record.
+            tags: Value by name; None removes the tag.
+
+        Returns:
+            The record as it is now.
+
+        Raises:
+            NotFoundError: There is no such record.
+        """
+
+    @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Counts: ``records``, ``valid``, ``failed``, ``verified``, ``workloads``.
 
         Records again by ``by_device``, ``by_model`` and ``by_team``, each a mapping from name to count.
+
+        ``coverage``: how much of each model is tuned, one mapping for each model, device model, share and SM count that
+        has a verified valid record for one of the model's operators: ``model``, ``device_model``, ``sm_percent``,
+        ``sm_count``, ``operators`` (workloads of which the store has any record of that model) and ``verified`` (how
+        many of these have a verified valid record there, of whichever model). In the order of these four names.
+
+        ``growth``: records by the UTC day of ``created_at`` over the last 30 days, oldest first, today last, days
+        without any included: mappings of ``day`` (``2026-11-21``) and ``records``.
         """
 
     @abstractmethod
-    def prune(self, older_than: float, team: str = "") -> int:
+    def prune(self, older_than: float, team: str = "", *, dry_run: bool = False) -> int:
         """Delete records created before ``older_than`` (seconds since the epoch); bests of a key and verified stay.
 
         Args:
             older_than: Limit.
             team: Only this team's records; empty: every team's.
+            dry_run: Delete nothing, only count.
 
         Returns:
-            How many were deleted.
+            How many were deleted, or would be.
         """
+
+    @property
+    def claims(self) -> Claims:
+        """Claims of this store, for work that must not be done twice at once.
+
+        Raises:
+            StoreError: This kind of store keeps none.
+        """
+        raise StoreError("this store keeps no claims: open it on the server")
 
     @abstractmethod
     def close(self) -> None:

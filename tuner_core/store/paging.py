@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tuner_core.errors import UsageError
 from tuner_core.model import canonical_json, sha256_hex
 from tuner_core.store.interface import RecordFilter
+from tuner_core.store.shapes import parse_shape
 
 MAX_LIMIT = 10_000
 ORDERS = ("latency", "newest")
@@ -55,14 +56,40 @@ def check_query(where: RecordFilter, limit: int, cursor: str | None, order: str,
     """
     if order not in ORDERS:
         raise UsageError(f"unknown order {order!r}: use one of {', '.join(ORDERS)}")
-    if not 1 <= limit <= MAX_LIMIT:
-        raise UsageError(f"limit {limit} is not in 1..{MAX_LIMIT}")
+    check_limit(limit)
+    _check_filter(where)
     if top_per_key < 0:
         raise UsageError(f"top_per_key {top_per_key} is negative")
     facts = dataclasses.asdict(where) | {"tags": dict(where.tags)}
     fingerprint = sha256_hex(canonical_json([facts, order, top_per_key]))[:16]
     parsed = _parse(cursor, fingerprint) if cursor else None
     return QueryArguments(where, limit, order, top_per_key, parsed, fingerprint)
+
+
+def check_limit(limit: int) -> None:
+    """Raise UsageError unless a page of that many records may be asked for."""
+    if not 1 <= limit <= MAX_LIMIT:
+        raise UsageError(f"limit {limit} is not in 1..{MAX_LIMIT}")
+
+
+def check_follow(where: RecordFilter, limit: int) -> None:
+    """Check the arguments of ``RecordStore.follow``.
+
+    Raises:
+        UsageError: A limit out of range, or a filter that needs to know all records.
+    """
+    check_limit(limit)
+    _check_filter(where)
+    if where.nearest_sm_percent is not None:
+        raise UsageError("the nearest share is known of stored records only: follow with an exact share or a range")
+
+
+def _check_filter(where: RecordFilter) -> None:
+    if where.shape:
+        parse_shape(where.shape)
+    nearest = where.nearest_sm_percent
+    if nearest is not None and not 1 <= nearest <= 100:
+        raise UsageError(f"nearest_sm_percent {nearest} is not in 1..100")
 
 
 def _parse(text: str, fingerprint: str) -> Cursor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Mapping
 
-from tuner_core.errors import InvalidRecordError
+from tuner_core.errors import InvalidRecordError, UsageError
 from tuner_core.model import Record, Workload, sha256_hex, target_digest, trace_digest, trial_id_of_digest
 from tuner_core.store.compression import MAX_BODY_BYTES, MAX_TRACE_BYTES
 
+_MAX_TAG = 200
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 _target_digest = functools.lru_cache(maxsize=256)(target_digest)
 
@@ -20,6 +22,17 @@ def check_workload(workload: Workload) -> None:
         raise InvalidRecordError(f"workload {workload.digest[:12]}: its body is larger than {MAX_BODY_BYTES} bytes")
     if sha256_hex(workload.body) != workload.digest:
         raise InvalidRecordError(f"workload {workload.digest[:12]}: its digest is not the sha256 of its body")
+
+
+def check_tags(tags: Mapping[str, str | None]) -> None:
+    """Raise UsageError unless these are tags that a record may be given; None removes one."""
+    if not tags:
+        raise UsageError("no tag was given: KEY=VALUE sets one")
+    for name, value in tags.items():
+        if not name or len(name) > _MAX_TAG or not name.isprintable():
+            raise UsageError(f"a tag's name is one printable line of 1 to {_MAX_TAG} characters, not {name[:60]!r}")
+        if value is not None and (len(value) > _MAX_TAG or not (value.isprintable() or not value)):
+            raise UsageError(f"the value of tag {name} must be one printable line of at most {_MAX_TAG} characters")
 
 
 def check_record(record: Record) -> str:

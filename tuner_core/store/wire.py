@@ -60,8 +60,9 @@ _FILTER_TEXTS = (
     "tvm_version",
     "verified_only",
     "include_failed",
+    "shape",
 )
-_FILTER_NUMBERS = ("sm_percent", "min_sm_percent", "max_sm_percent", "sm_count")
+_FILTER_NUMBERS = ("sm_percent", "min_sm_percent", "max_sm_percent", "sm_count", "nearest_sm_percent")
 
 
 def timestamp(seconds: float) -> Timestamp:

@@ -93,19 +93,19 @@ def call(method: Callable[..., Any], request: Any, *, address: str, timeout_s: f
         raise translate(error, address, timeout_s) from None
 
 
-def stream(method: Callable[..., Any], request: Any, *, address: str) -> Iterator[Any]:
-    """Messages of a server stream. It has no deadline (a job takes hours); keepalive pings notice a lost server.
+def stream(method: Callable[..., Any], request: Any, *, address: str, timeout_s: float | None = None) -> Iterator[Any]:
+    """Messages of a server stream. Without a deadline (a job takes hours), keepalive pings notice a lost server.
 
     Closing the generator cancels the call.
 
     Raises:
         TunerError: As :func:`call`.
     """
-    responses = method(request)
+    responses = method(request, timeout=timeout_s)
     try:
         yield from responses
     except grpc.RpcError as error:
-        raise translate(error, address, None) from None
+        raise translate(error, address, timeout_s) from None
     finally:
         responses.cancel()
 

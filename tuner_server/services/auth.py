@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from tuner_core.errors import UsageError
+from tuner_core.errors import PermissionDeniedError, UsageError
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # subscripted only in the type stubs
 
@@ -61,6 +61,39 @@ class Authenticator(grpc.aio.ServerInterceptor):
                     if hmac.compare_digest(token.encode(), offered):
                         return team
         return None
+
+    def owner(self, metadata: Any, asked: str = "") -> str:
+        """The team that a call acts for: the token's; on an open server the one that it names, empty for nobody's.
+
+        Args:
+            metadata: The call's.
+            asked: Team that the request names.
+
+        Raises:
+            PermissionDeniedError: The token is another team's than the one that the request names.
+        """
+        team = self.team(metadata)
+        if not team:
+            return asked
+        if asked and asked != team:
+            raise PermissionDeniedError(f"this token is of team {team}, which may not act for team {asked}")
+        return team
+
+    def check_owner(self, metadata: Any, owner: str, what: str, asked: str = "") -> None:
+        """Let only the owning team change something. On an open server, whoever names no team may change anything.
+
+        Args:
+            metadata: The call's.
+            owner: Team that it belongs to; empty: nobody's, so that every team may.
+            what: Its name, for the error.
+            asked: Team that the request names.
+
+        Raises:
+            PermissionDeniedError: It belongs to another team.
+        """
+        team = self.owner(metadata, asked)
+        if team and owner and team != owner:
+            raise PermissionDeniedError(f"{what} belongs to team {owner}: team {team} may read it, not change it")
 
     async def intercept_service(
         self,

@@ -49,10 +49,16 @@ class TuningServicer(tuning_pb2_grpc.TuningServiceServicer):
 
     @mapped
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
-        """End a job."""
+        """End a job of one's own team."""
+        self._check_owner(request.job, context)
         return pb.CancelJobResponse(status=await self._jobs.cancel(request.job))
 
     @mapped
     async def ResumeJob(self, request: pb.ResumeJobRequest, context: Context) -> pb.ResumeJobResponse:
-        """Go on with a job."""
+        """Go on with a job of one's own team."""
+        self._check_owner(request.job, context)
         return pb.ResumeJobResponse(status=await self._jobs.resume(request.job))
+
+    def _check_owner(self, job: str, context: Context) -> None:
+        status = self._jobs.get(job)
+        self._authenticator.check_owner(context.invocation_metadata(), status.team, job)

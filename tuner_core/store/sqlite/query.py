@@ -7,6 +7,7 @@ records, where every few rows one matches. Neither step reads all records.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import json
@@ -18,7 +19,8 @@ from typing import Any
 from tuner_core.model import Record
 from tuner_core.store.interface import Page, RecordFilter
 from tuner_core.store.paging import Cursor, QueryArguments
-from tuner_core.store.sqlite.rows import RECORD_COLUMNS, read_records
+from tuner_core.store.shapes import parse_shape, shape_matches
+from tuner_core.store.sqlite.rows import RECORD_COLUMNS, digest_bytes, read_records
 
 _MERGE_AT_MOST = 4_000
 _CHUNK = 16
@@ -41,9 +43,11 @@ class _Conditions:
 def run_query(connection: sqlite3.Connection, arguments: QueryArguments) -> Page:
     """One page, read in the caller's transaction."""
     cursor = arguments.cursor
-    snapshot = cursor.snapshot if cursor else _last_id(connection)
+    snapshot = cursor.snapshot if cursor else last_id(connection)
     groups = _matching_groups(connection, arguments.where)
     conditions = _record_conditions(arguments.where, snapshot)
+    if arguments.where.nearest_sm_percent is not None:
+        groups = _nearest_groups(connection, arguments.where.nearest_sm_percent, conditions, groups)
     if groups == 0:
         return Page((), None)
     if arguments.top_per_key:
@@ -62,9 +66,25 @@ def run_query(connection: sqlite3.Connection, arguments: QueryArguments) -> Page
     return Page(tuple(records), arguments.next_cursor(Cursor(snapshot, sort_value, trial_id.hex())))
 
 
-def _last_id(connection: sqlite3.Connection) -> int:
+def last_id(connection: sqlite3.Connection) -> int:
+    """The highest row id so far, of deleted rows too."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
     return int(row[0]) if row else 0
+
+
+def run_follow(connection: sqlite3.Connection, where: RecordFilter, after: int, limit: int) -> tuple[list[Record], int]:
+    """Records behind row ``after`` in the order of their commits, and the row up to which that was looked at."""
+    last = last_id(connection)
+    if after >= last:
+        return [], after
+    conditions = _record_conditions(where, last).and_("id > ?", after)
+    if _matching_groups(connection, where) is not None:
+        conditions = conditions.and_("group_id IN (SELECT id FROM temp.wanted)")
+    rows = connection.execute(
+        f"SELECT id FROM records NOT INDEXED WHERE {conditions.sql} ORDER BY id LIMIT ?",
+        (*conditions.parameters, limit),
+    ).fetchall()
+    return _fetch(connection, [row[0] for row in rows]), rows[-1][0] if len(rows) == limit else last
 
 
 def _matching_groups(connection: sqlite3.Connection, where: RecordFilter) -> int | None:
@@ -93,6 +113,9 @@ def _matching_groups(connection: sqlite3.Connection, where: RecordFilter) -> int
         ("k.tvm_version = ?", where.tvm_version or None),
     ]
     terms = [(sql, value) for sql, value in terms if value is not None]
+    if where.shape:
+        connection.create_function("has_shape", 3, _has_shape, deterministic=True)
+        terms.append(("has_shape(?, w.args_info, g.description)", where.shape))
     for name, value in where.tags.items():
         terms.append(("EXISTS (SELECT 1 FROM json_each(g.tags) e WHERE e.key = ? AND e.value = ?)", (name, value)))
     if not terms:
@@ -110,13 +133,36 @@ def _matching_groups(connection: sqlite3.Connection, where: RecordFilter) -> int
     ).rowcount
 
 
+def _nearest_groups(
+    connection: sqlite3.Connection, sm_percent: int, conditions: _Conditions, groups: int | None
+) -> int:
+    """Of the groups that match and have a record that does, keep those of each workload's and device's nearest share.
+
+    Returns:
+        How many are left in ``temp.wanted``.
+    """
+    if groups is None:
+        connection.execute("CREATE TEMP TABLE IF NOT EXISTS wanted (id INTEGER PRIMARY KEY)")
+        connection.execute("DELETE FROM temp.wanted")
+        connection.execute("INSERT INTO temp.wanted SELECT id FROM groups")
+    connection.execute(
+        "DELETE FROM temp.wanted WHERE id NOT IN (SELECT id FROM (SELECT g.id, rank() OVER ("
+        "PARTITION BY k.workload_id, k.device_model ORDER BY abs(g.sm_percent - ?), g.sm_percent) AS place "
+        "FROM groups g JOIN keys k ON k.id = g.key_id WHERE g.id IN (SELECT id FROM temp.wanted) AND EXISTS "
+        f"(SELECT 1 FROM records INDEXED BY records_group_latency WHERE group_id = g.id AND {conditions.sql})"
+        ") WHERE place = 1)",
+        (sm_percent, *conditions.parameters),
+    )
+    return int(connection.execute("SELECT count(*) FROM temp.wanted").fetchone()[0])
+
+
+@functools.lru_cache(maxsize=16_384)
+def _has_shape(shape: str, args_info: str, description: str) -> bool:
+    return shape_matches(parse_shape(shape), json.loads(args_info), description)
+
+
 def _digest(text: str) -> bytes | None:
-    if not text:
-        return None
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        return b""  # matches nothing
+    return digest_bytes(text) if text else None
 
 
 def _record_conditions(where: RecordFilter, snapshot: int) -> _Conditions:

@@ -7,11 +7,11 @@ import json
 import math
 import sqlite3
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from tuner_core.errors import InvalidRecordError
+from tuner_core.errors import InvalidRecordError, NotFoundError
 from tuner_core.model import (
     EvaluatorSettings,
     FailureKind,
@@ -94,6 +94,30 @@ class RecordWriter:
             self._condemn(key_id, digest, cursor.lastrowid)
         return True
 
+    def put_tags(self, trial_id: str, tags: Mapping[str, str | None]) -> None:
+        """Set tags of a record, remove those whose value is None: the record moves to the group that has them.
+
+        Raises:
+            NotFoundError: There is no such record.
+        """
+        row = self._connection.execute(
+            "SELECT r.id, g.id, g.key_id, g.op, g.description, g.model, g.team, g.job, g.sm_percent, g.tags, g.facts "
+            "FROM records r JOIN groups g ON g.id = r.group_id WHERE r.trial_id = ?",
+            (digest_bytes(trial_id),),
+        ).fetchone()
+        if row is None:
+            raise NotFoundError(f"there is no record {trial_id[:64]}; see: tuner-client query --ids")
+        merged = {**json.loads(row[9]), **tags}
+        kept = canonical_json({name: value for name, value in merged.items() if value is not None})
+        group = self._group_of([*row[2:9], kept, row[10]])
+        if group == row[1]:
+            return
+        self._connection.execute("UPDATE records SET group_id = ? WHERE id = ?", (group, row[0]))
+        self._connection.execute(
+            "DELETE FROM groups WHERE id = ? AND NOT EXISTS (SELECT 1 FROM records WHERE group_id = ?)",
+            (row[1], row[1]),
+        )
+
     def _condemn(self, key_id: int, trace_digest: bytes, record_id: int | None) -> None:
         self._connection.execute("INSERT INTO condemned VALUES (?, ?, ?)", (key_id, trace_digest, record_id))
         self._connection.execute(
@@ -152,8 +176,13 @@ class RecordWriter:
         _, op, description = self._workload(record.workload_digest)
         op, description = record.op or op, record.description or description
         tags, facts = canonical_json(dict(record.tags)), canonical_json(_facts(record))
-        content = [key_id, op, description, record.model, record.team, record.job, record.sm_percent, tags, facts]
-        digest = hashlib.sha256(canonical_json(content).encode()).digest()
+        return self._group_of(
+            [key_id, op, description, record.model, record.team, record.job, record.sm_percent, tags, facts]
+        )
+
+    def _group_of(self, content: Sequence[Any]) -> int:
+        """The group of these columns, made when there is none."""
+        digest = hashlib.sha256(canonical_json(list(content)).encode()).digest()
         found = self._connection.execute("SELECT id FROM groups WHERE digest = ?", (digest,)).fetchone()
         if found is not None:
             return int(found[0])
@@ -163,6 +192,14 @@ class RecordWriter:
             (digest, *content),
         )
         return cursor.lastrowid or 0
+
+
+def digest_bytes(text: str) -> bytes:
+    """The bytes of a digest in hex; of anything else, bytes that no digest has."""
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
 
 
 def _facts(record: Record) -> dict[str, Any]:

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tuner_core.errors import StoreError, UsageError
+from tuner_core.errors import NotFoundError, StoreError, UsageError
 from tuner_core.model import Record, RecordKey, Workload
-from tuner_core.store.interface import CommitResult, Page, RecordFilter, RecordStore
-from tuner_core.store.paging import MAX_LIMIT, check_query
+from tuner_core.store.claims import Claims
+from tuner_core.store.interface import CommitResult, Followed, Page, RecordFilter, RecordStore
+from tuner_core.store.paging import check_follow, check_limit, check_query
+from tuner_core.store.sqlite.claims import SqliteClaims
 from tuner_core.store.sqlite.connections import ReaderPool, Writer, connect, switch_to_wal
+from tuner_core.store.sqlite.counts import read_stats
 from tuner_core.store.sqlite.failures import explained
-from tuner_core.store.sqlite.query import run_query
+from tuner_core.store.sqlite.query import last_id, run_follow, run_query
 from tuner_core.store.sqlite.rows import RECORD_COLUMNS, RecordWriter, read_records, read_workload
 from tuner_core.store.sqlite.schema import upgrade
-from tuner_core.store.validation import check_record, check_workload
+from tuner_core.store.validation import check_record, check_tags, check_workload
 
 _PRUNE_CHUNK = 5_000
+_POLL_S = 0.1
+_CURSOR = "sqlite-"
+# the best of a key stands first in records_top; condemned and failed records are never the best
+_PRUNABLE = (
+    "WHERE id > ? AND id <= ? AND created_at < ? AND verified = 0 "
+    "AND (? = '' OR group_id IN (SELECT id FROM groups WHERE team = ?)) "
+    "AND id IS NOT (SELECT b.id FROM records b WHERE b.key_id = records.key_id AND b.failure IS NULL "
+    "AND b.condemned_by IS NULL ORDER BY b.verified DESC, b.sort_us, b.trial_id LIMIT 1)"
+)
 
 
 class SqliteStore(RecordStore):
@@ -88,8 +101,7 @@ class SqliteStore(RecordStore):
 
     def top(self, key: RecordKey, limit: int = 1, *, verified_only: bool = False) -> list[Record]:
         """See :meth:`RecordStore.top`."""
-        if not 1 <= limit <= MAX_LIMIT:
-            raise UsageError(f"limit {limit} is not in 1..{MAX_LIMIT}")
+        check_limit(limit)
         try:
             workload, target = bytes.fromhex(key.workload_digest), bytes.fromhex(key.target_digest)
         except ValueError:
@@ -121,43 +133,48 @@ class SqliteStore(RecordStore):
         with self._readers.reading() as connection:
             return run_query(connection, arguments)
 
+    def follow(
+        self, where: RecordFilter, after: str | None = None, *, limit: int = 1_000, wait_s: float = 0.0
+    ) -> Followed:
+        """See :meth:`RecordStore.follow`. Row ids grow in the order of commits: one transaction writes at a time."""
+        check_follow(where, limit)
+        position = None if after is None else _position(after)
+        deadline = time.monotonic() + wait_s
+        while True:
+            with self._readers.reading() as connection:
+                if position is None:
+                    position = last_id(connection)
+                elif position > last_id(connection):
+                    raise UsageError(f"the cursor {after!r} is not one of this store: begin anew, without a cursor")
+                records, position = run_follow(connection, where, position, limit)
+            left_s = deadline - time.monotonic()
+            if records or left_s <= 0:
+                return Followed(tuple(records), f"{_CURSOR}{position}")
+            time.sleep(min(_POLL_S, left_s))
+
+    def tag(self, trial_id: str, tags: Mapping[str, str | None]) -> Record:
+        """See :meth:`RecordStore.tag`."""
+        check_tags(tags)
+        self._writer.run(lambda connection: RecordWriter(connection).put_tags(trial_id, tags))
+        record = self.get(trial_id)
+        if record is None:
+            raise NotFoundError(f"record {trial_id[:64]} was deleted meanwhile")
+        return record
+
     def stats(self) -> dict[str, Any]:
         """See :meth:`RecordStore.stats`."""
         with self._readers.reading() as connection:
-            counts = connection.execute(
-                "SELECT group_id, count(*), total(sort_us < 9e999) FROM records INDEXED BY records_group_latency "
-                "GROUP BY group_id"
-            ).fetchall()
-            verified = connection.execute("SELECT count(*) FROM records WHERE verified = 1").fetchone()[0]
-            workloads = connection.execute("SELECT count(*) FROM workloads").fetchone()[0]
-            groups = {
-                row[0]: row[1:]
-                for row in connection.execute(
-                    "SELECT g.id, k.device_model, g.model, g.team FROM groups g JOIN keys k ON k.id = g.key_id"
-                )
-            }
-        records = sum(count for _, count, _ in counts)
-        valid = sum(int(good) for _, _, good in counts)
-        found: dict[str, Any] = {
-            "records": records,
-            "valid": valid,
-            "failed": records - valid,
-            "verified": verified,
-            "workloads": workloads,
-        }
-        for position, name in enumerate(("by_device", "by_model", "by_team")):
-            tally: dict[str, int] = {}
-            for group, count, _ in counts:
-                value = groups[group][position]
-                tally[value] = tally.get(value, 0) + count
-            found[name] = tally
-        return found
+            return read_stats(connection, time.time())
 
-    def prune(self, older_than: float, team: str = "") -> int:
+    def prune(self, older_than: float, team: str = "", *, dry_run: bool = False) -> int:
         """See :meth:`RecordStore.prune`. A schedule once found wrong stays known as wrong.
 
         Works in chunks, so that commits get in between.
         """
+        if dry_run:
+            with self._readers.reading() as connection:
+                values = (0, last_id(connection), older_than, team, team)
+                return int(connection.execute(f"SELECT count(*) FROM records {_PRUNABLE}", values).fetchone()[0])
         deleted = 0
         last = 0
         while True:
@@ -166,10 +183,22 @@ class SqliteStore(RecordStore):
             if not last:
                 return deleted
 
+    @property
+    def claims(self) -> Claims:
+        """See :attr:`RecordStore.claims`."""
+        return SqliteClaims(self._writer)
+
     def close(self) -> None:
         """See :meth:`RecordStore.close`."""
         self._readers.close()
         self._writer.close()
+
+
+def _position(cursor: str) -> int:
+    number = cursor.removeprefix(_CURSOR)
+    if number == cursor or not number.isdigit() or len(number) > 18:
+        raise UsageError(f"{cursor[:60]!r} is not a cursor of this store: begin anew, without a cursor")
+    return int(number)
 
 
 def _prune_chunk(connection: sqlite3.Connection, older_than: float, team: str, after: int) -> tuple[int, int]:
@@ -183,12 +212,5 @@ def _prune_chunk(connection: sqlite3.Connection, older_than: float, team: str, a
     if not ids:
         connection.execute("DELETE FROM groups WHERE NOT EXISTS (SELECT 1 FROM records r WHERE r.group_id = groups.id)")
         return 0, 0
-    # the best of a key stands first in records_top; condemned and failed records are never the best
-    deleted = connection.execute(
-        "DELETE FROM records WHERE id > ? AND id <= ? AND created_at < ? AND verified = 0 "
-        "AND (? = '' OR group_id IN (SELECT id FROM groups WHERE team = ?)) "
-        "AND id IS NOT (SELECT b.id FROM records b WHERE b.key_id = records.key_id AND b.failure IS NULL "
-        "AND b.condemned_by IS NULL ORDER BY b.verified DESC, b.sort_us, b.trial_id LIMIT 1)",
-        (after, ids[-1], older_than, team, team),
-    ).rowcount
+    deleted = connection.execute(f"DELETE FROM records {_PRUNABLE}", (after, ids[-1], older_than, team, team)).rowcount
     return deleted, ids[-1]

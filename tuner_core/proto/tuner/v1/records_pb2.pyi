@@ -171,7 +171,7 @@ class TopRecordsResponse(_message.Message):
     def __init__(self, records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ...) -> None: ...
 
 class RecordFilter(_message.Message):
-    __slots__ = ("op", "model", "device_model", "sm_percent", "min_sm_percent", "max_sm_percent", "team", "verified_only", "job", "workload_digest", "target_digest", "tvm_version", "include_failed", "since", "tags", "text", "sm_count", "dtype")
+    __slots__ = ("op", "model", "device_model", "sm_percent", "min_sm_percent", "max_sm_percent", "team", "verified_only", "job", "workload_digest", "target_digest", "tvm_version", "include_failed", "since", "tags", "text", "sm_count", "dtype", "shape", "nearest_sm_percent")
     class TagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,8 @@ class RecordFilter(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SM_COUNT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    NEAREST_SM_PERCENT_FIELD_NUMBER: _ClassVar[int]
     op: str
     model: str
     device_model: str
@@ -215,7 +217,9 @@ class RecordFilter(_message.Message):
     text: str
     sm_count: int
     dtype: str
-    def __init__(self, op: _Optional[str] = ..., model: _Optional[str] = ..., device_model: _Optional[str] = ..., sm_percent: _Optional[int] = ..., min_sm_percent: _Optional[int] = ..., max_sm_percent: _Optional[int] = ..., team: _Optional[str] = ..., verified_only: bool = ..., job: _Optional[str] = ..., workload_digest: _Optional[str] = ..., target_digest: _Optional[str] = ..., tvm_version: _Optional[str] = ..., include_failed: bool = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tags: _Optional[_Mapping[str, str]] = ..., text: _Optional[str] = ..., sm_count: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    shape: str
+    nearest_sm_percent: int
+    def __init__(self, op: _Optional[str] = ..., model: _Optional[str] = ..., device_model: _Optional[str] = ..., sm_percent: _Optional[int] = ..., min_sm_percent: _Optional[int] = ..., max_sm_percent: _Optional[int] = ..., team: _Optional[str] = ..., verified_only: bool = ..., job: _Optional[str] = ..., workload_digest: _Optional[str] = ..., target_digest: _Optional[str] = ..., tvm_version: _Optional[str] = ..., include_failed: bool = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tags: _Optional[_Mapping[str, str]] = ..., text: _Optional[str] = ..., sm_count: _Optional[int] = ..., dtype: _Optional[str] = ..., shape: _Optional[str] = ..., nearest_sm_percent: _Optional[int] = ...) -> None: ...
 
 class QueryRecordsRequest(_message.Message):
     __slots__ = ("filter", "limit", "cursor", "order", "top_per_key", "omit_traces")
@@ -241,6 +245,77 @@ class QueryRecordsResponse(_message.Message):
     next_cursor: str
     def __init__(self, records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., next_cursor: _Optional[str] = ...) -> None: ...
 
+class StreamRecordsRequest(_message.Message):
+    __slots__ = ("filter", "order", "top_per_key", "limit", "omit_traces", "cursor")
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    TOP_PER_KEY_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    OMIT_TRACES_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    filter: RecordFilter
+    order: str
+    top_per_key: int
+    limit: int
+    omit_traces: bool
+    cursor: str
+    def __init__(self, filter: _Optional[_Union[RecordFilter, _Mapping]] = ..., order: _Optional[str] = ..., top_per_key: _Optional[int] = ..., limit: _Optional[int] = ..., omit_traces: bool = ..., cursor: _Optional[str] = ...) -> None: ...
+
+class StreamRecordsResponse(_message.Message):
+    __slots__ = ("records", "cursor")
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    records: _containers.RepeatedCompositeFieldContainer[Record]
+    cursor: str
+    def __init__(self, records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., cursor: _Optional[str] = ...) -> None: ...
+
+class FollowRecordsRequest(_message.Message):
+    __slots__ = ("filter", "after", "limit", "wait_s", "omit_traces")
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    OMIT_TRACES_FIELD_NUMBER: _ClassVar[int]
+    filter: RecordFilter
+    after: str
+    limit: int
+    wait_s: float
+    omit_traces: bool
+    def __init__(self, filter: _Optional[_Union[RecordFilter, _Mapping]] = ..., after: _Optional[str] = ..., limit: _Optional[int] = ..., wait_s: _Optional[float] = ..., omit_traces: bool = ...) -> None: ...
+
+class FollowRecordsResponse(_message.Message):
+    __slots__ = ("records", "cursor")
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    records: _containers.RepeatedCompositeFieldContainer[Record]
+    cursor: str
+    def __init__(self, records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., cursor: _Optional[str] = ...) -> None: ...
+
+class TagRecordRequest(_message.Message):
+    __slots__ = ("trial_id", "set", "remove", "team")
+    class SetEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    TRIAL_ID_FIELD_NUMBER: _ClassVar[int]
+    SET_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    TEAM_FIELD_NUMBER: _ClassVar[int]
+    trial_id: str
+    set: _containers.ScalarMap[str, str]
+    remove: _containers.RepeatedScalarFieldContainer[str]
+    team: str
+    def __init__(self, trial_id: _Optional[str] = ..., set: _Optional[_Mapping[str, str]] = ..., remove: _Optional[_Iterable[str]] = ..., team: _Optional[str] = ...) -> None: ...
+
+class TagRecordResponse(_message.Message):
+    __slots__ = ("record",)
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    record: Record
+    def __init__(self, record: _Optional[_Union[Record, _Mapping]] = ...) -> None: ...
+
 class GetStatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -252,12 +327,14 @@ class GetStatsResponse(_message.Message):
     def __init__(self, stats_json: _Optional[str] = ...) -> None: ...
 
 class PruneRecordsRequest(_message.Message):
-    __slots__ = ("older_than", "team")
+    __slots__ = ("older_than", "team", "dry_run")
     OLDER_THAN_FIELD_NUMBER: _ClassVar[int]
     TEAM_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     older_than: _timestamp_pb2.Timestamp
     team: str
-    def __init__(self, older_than: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., team: _Optional[str] = ...) -> None: ...
+    dry_run: bool
+    def __init__(self, older_than: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., team: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class PruneRecordsResponse(_message.Message):
     __slots__ = ("deleted",)

@@ -60,6 +60,21 @@ class RecordServiceStub(object):
                 request_serializer=tuner_dot_v1_dot_records__pb2.QueryRecordsRequest.SerializeToString,
                 response_deserializer=tuner_dot_v1_dot_records__pb2.QueryRecordsResponse.FromString,
                 _registered_method=True)
+        self.StreamRecords = channel.unary_stream(
+                '/tuner.v1.RecordService/StreamRecords',
+                request_serializer=tuner_dot_v1_dot_records__pb2.StreamRecordsRequest.SerializeToString,
+                response_deserializer=tuner_dot_v1_dot_records__pb2.StreamRecordsResponse.FromString,
+                _registered_method=True)
+        self.FollowRecords = channel.unary_stream(
+                '/tuner.v1.RecordService/FollowRecords',
+                request_serializer=tuner_dot_v1_dot_records__pb2.FollowRecordsRequest.SerializeToString,
+                response_deserializer=tuner_dot_v1_dot_records__pb2.FollowRecordsResponse.FromString,
+                _registered_method=True)
+        self.TagRecord = channel.unary_unary(
+                '/tuner.v1.RecordService/TagRecord',
+                request_serializer=tuner_dot_v1_dot_records__pb2.TagRecordRequest.SerializeToString,
+                response_deserializer=tuner_dot_v1_dot_records__pb2.TagRecordResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/tuner.v1.RecordService/GetStats',
                 request_serializer=tuner_dot_v1_dot_records__pb2.GetStatsRequest.SerializeToString,
@@ -109,6 +124,27 @@ class RecordServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamRecords(self, request, context):
+        """StreamRecords returns all records of a filtered query, in batches, as they stood when it began.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowRecords(self, request, context):
+        """FollowRecords sends records as they are committed, in that order, none twice and none left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TagRecord(self, request, context):
+        """TagRecord sets and removes tags of one record; only its own team may.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -149,6 +185,21 @@ def add_RecordServiceServicer_to_server(servicer, server):
                     servicer.QueryRecords,
                     request_deserializer=tuner_dot_v1_dot_records__pb2.QueryRecordsRequest.FromString,
                     response_serializer=tuner_dot_v1_dot_records__pb2.QueryRecordsResponse.SerializeToString,
+            ),
+            'StreamRecords': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamRecords,
+                    request_deserializer=tuner_dot_v1_dot_records__pb2.StreamRecordsRequest.FromString,
+                    response_serializer=tuner_dot_v1_dot_records__pb2.StreamRecordsResponse.SerializeToString,
+            ),
+            'FollowRecords': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowRecords,
+                    request_deserializer=tuner_dot_v1_dot_records__pb2.FollowRecordsRequest.FromString,
+                    response_serializer=tuner_dot_v1_dot_records__pb2.FollowRecordsResponse.SerializeToString,
+            ),
+            'TagRecord': grpc.unary_unary_rpc_method_handler(
+                    servicer.TagRecord,
+                    request_deserializer=tuner_dot_v1_dot_records__pb2.TagRecordRequest.FromString,
+                    response_serializer=tuner_dot_v1_dot_records__pb2.TagRecordResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -297,6 +348,87 @@ class RecordService(object):
             '/tuner.v1.RecordService/QueryRecords',
             tuner_dot_v1_dot_records__pb2.QueryRecordsRequest.SerializeToString,
             tuner_dot_v1_dot_records__pb2.QueryRecordsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamRecords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tuner.v1.RecordService/StreamRecords',
+            tuner_dot_v1_dot_records__pb2.StreamRecordsRequest.SerializeToString,
+            tuner_dot_v1_dot_records__pb2.StreamRecordsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowRecords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tuner.v1.RecordService/FollowRecords',
+            tuner_dot_v1_dot_records__pb2.FollowRecordsRequest.SerializeToString,
+            tuner_dot_v1_dot_records__pb2.FollowRecordsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TagRecord(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tuner.v1.RecordService/TagRecord',
+            tuner_dot_v1_dot_records__pb2.TagRecordRequest.SerializeToString,
+            tuner_dot_v1_dot_records__pb2.TagRecordResponse.FromString,
             options,
             channel_credentials,
             insecure,
