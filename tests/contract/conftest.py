@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import grpc
@@ -15,20 +15,22 @@ from tuner_core.proto.tuner.v1 import records_pb2_grpc
 from tuner_core.store.interface import RecordStore
 from tuner_core.store.open import open_store
 from tuner_core.store.remote import RemoteStore
+from tuner_server.services.auth import Authenticator
 from tuner_server.services.records import RecordServicer
 
 
 @contextlib.contextmanager
-def serving(store: RecordStore) -> Iterator[str]:
-    """A real grpc.aio server on a free port, in a thread of its own; yields its address."""
+def serving(store: RecordStore, tokens: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A real grpc.aio server on a free port, in a thread of its own; yields its address. ``tokens``: token to team."""
+    authenticator = Authenticator(tokens or {})
     address: list[str] = []
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
     ready = threading.Event()
 
     async def serve() -> None:
-        server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 << 20)])
-        records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(store), server)
+        server = grpc.aio.server(interceptors=[authenticator], options=[("grpc.max_receive_message_length", 64 << 20)])
+        records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(store, authenticator), server)
         address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
         await server.start()
         ready.set()

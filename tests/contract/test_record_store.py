@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -287,11 +288,68 @@ class TestQuery:
             (RecordFilter(op="dense", team="speech"), {"team"}),
             (RecordFilter(op="conv2d", team="speech"), set()),
             (RecordFilter(since=1_790_000_009.0, include_failed=True), {"failed", "tagged"}),
+            (RecordFilter(shape="64x64", dtype="float16"), {"conv"}),
+            (RecordFilter(shape="1x56x56x64"), {"conv"}),
+            (RecordFilter(shape="1x?x?x64"), {"conv"}),
+            (RecordFilter(shape="3x3"), {"conv"}),
+            (RecordFilter(shape="56x56"), set()),
+            (RecordFilter(shape="1x56x56x6"), set()),
+            (RecordFilter(shape="64", team="speech"), {"team"}),
+            (RecordFilter(shape="63", team="speech"), set()),
+            (RecordFilter(nearest_sm_percent=30, device_model="NVIDIA H200"), {"device"}),
+            (RecordFilter(nearest_sm_percent=100, op="conv2d"), {"conv"}),
         ],
     )
     def test_each_filter_keeps_what_matches(self, store: RecordStore, where: RecordFilter, names: set[str]) -> None:
         records = self.fill(store)
         assert set(ids(store.query(where).records)) == {records[name].trial_id for name in names}
+
+    def test_the_nearest_share_is_chosen_for_each_workload_and_device_among_what_matches(
+        self, store: RecordStore
+    ) -> None:
+        def at(share: int, number: int, workload: Any = MATMUL, **changes: Any) -> Record:
+            # on a CPU the target differs with the share
+            target = f'{{"kind":"llvm","num-cores":{share}}}'
+            return make_record(workload, number, sm_percent=share, sm_count=share, target_json=target, **changes)
+
+        records = {
+            "matmul 25": at(25, 1),
+            "matmul 25 again": at(25, 2, job="job-2"),
+            "matmul 35": at(35, 3),
+            "matmul 30, failed": at(30, 4, failure=FailureKind.RUN_ERROR),
+            "conv 100": at(100, 5, CONV),
+            "conv 100, verified": at(100, 6, CONV, verified=True),
+            "conv 29, another team": at(29, 7, CONV, team="speech"),
+            "matmul 50, another device": at(50, 8, device_model="NVIDIA H200"),
+        }
+        store.commit(list(records.values()), [MATMUL, CONV])
+
+        def names(where: RecordFilter, **options: Any) -> set[str]:
+            by_id = {record.trial_id: name for name, record in records.items()}
+            return {by_id[record.trial_id] for record in all_pages(store, where, 2, **options)}
+
+        # 25 and 35 are equally near to 30: the lower
+        assert names(RecordFilter(nearest_sm_percent=30)) == {
+            "matmul 25",
+            "matmul 25 again",
+            "conv 29, another team",
+            "matmul 50, another device",
+        }
+        assert names(RecordFilter(nearest_sm_percent=31, op="dense", device_model="AMD EPYC 9B14")) == {"matmul 35"}
+        assert names(RecordFilter(nearest_sm_percent=30, team="vision", op="conv2d")) == {
+            "conv 100",
+            "conv 100, verified",
+        }
+        assert names(RecordFilter(nearest_sm_percent=30, verified_only=True)) == {"conv 100, verified"}
+        assert names(RecordFilter(nearest_sm_percent=30, include_failed=True, op="dense", min_sm_percent=26)) == {
+            "matmul 30, failed",
+            "matmul 50, another device",
+        }
+        assert names(RecordFilter(nearest_sm_percent=30, op="dense"), top_per_key=1) == {
+            "matmul 25",
+            "matmul 50, another device",
+        }
+        assert names(RecordFilter(nearest_sm_percent=30, op="pool")) == set()
 
     def test_without_a_filter_every_valid_record_comes(self, store: RecordStore) -> None:
         records = self.fill(store)
@@ -393,6 +451,9 @@ class TestQuery:
         for bad in bad_arguments:
             with pytest.raises(UsageError):
                 store.query(RecordFilter(), **bad)
+        for where in (RecordFilter(shape="1x"), RecordFilter(shape="56*56"), RecordFilter(nearest_sm_percent=101)):
+            with pytest.raises(UsageError):
+                store.query(where)
         cursor = store.query(RecordFilter(), limit=1).next_cursor
         with pytest.raises(UsageError, match="another query"):
             store.query(RecordFilter(op="conv2d"), limit=1, cursor=cursor)
@@ -434,6 +495,56 @@ class TestStatsAndRetention:
         stats = store.stats()
         assert stats["records"] == stats["workloads"] == 0
         assert stats["by_device"] == {}
+        assert stats["coverage"] == []
+        assert [day["records"] for day in stats["growth"]] == [0] * 30
+
+    def test_coverage_counts_operators_of_each_model_with_a_verified_record_by_device_and_share(
+        self, store: RecordStore
+    ) -> None:
+        gpu: dict[str, Any] = {"device_model": "NVIDIA H200", "sm_percent": 25, "sm_count": 32}
+        store.commit(
+            [
+                make_record(MATMUL, 0, model="a"),
+                make_record(MATMUL, 0, model="a", verified=True),
+                make_record(MATMUL, 1, model="a", verified=True),
+                make_record(CONV, 2, model="a"),
+                make_record(CONV, 3, model="b", **gpu),
+                make_record(CONV, 3, model="b", verified=True, **gpu),
+                # verified once, but the schedule was found wrong since; and a check that failed
+                make_record(CONV, 4, model="a", verified=True, sm_count=9),
+                make_record(CONV, 4, model="a", job="check", failure=FailureKind.WRONG_RESULT, sm_count=9),
+                make_record(CONV, 5, model="c", verified=True, failure=FailureKind.RUN_ERROR, sm_count=7),
+            ],
+            [MATMUL, CONV],
+        )
+        here = {"device_model": "AMD EPYC 9B14", "sm_percent": 50, "sm_count": 1}
+        # what another model's job verified serves this one too
+        assert store.stats()["coverage"] == [
+            {"model": "a", **here, "operators": 2, "verified": 1},
+            {"model": "a", **gpu, "operators": 2, "verified": 1},
+            {"model": "b", **gpu, "operators": 1, "verified": 1},
+            {"model": "c", **gpu, "operators": 1, "verified": 1},
+        ]
+
+    def test_growth_counts_the_records_of_each_of_the_last_thirty_days(self, store: RecordStore) -> None:
+        today = time.time() // 86400 * 86400
+        times = [today + 1, today - 1, today - 2, today - 29 * 86400, today - 29 * 86400 - 1]
+        store.commit([make_record(MATMUL, n, created_at=created_at) for n, created_at in enumerate(times)], [MATMUL])
+        growth = store.stats()["growth"]
+        if time.time() // 86400 * 86400 != today:
+            pytest.skip("midnight passed meanwhile")
+        assert [day["records"] for day in growth] == [1, *[0] * 27, 2, 1]
+        assert growth[-1]["day"] == time.strftime("%Y-%m-%d", time.gmtime(today))
+
+    def test_a_rehearsal_of_retention_counts_and_deletes_nothing(self, store: RecordStore) -> None:
+        mine = [make_record(MATMUL, number, created_at=100.0) for number in range(5)]
+        theirs = [make_record(MATMUL, 10 + number, created_at=100.0, team="speech") for number in range(3)]
+        store.commit([*mine, *theirs], [MATMUL])
+        assert store.prune(200.0, dry_run=True) == 7
+        assert store.prune(200.0, "speech", dry_run=True) == 3
+        assert store.prune(50.0, dry_run=True) == 0
+        assert store.stats()["records"] == 8
+        assert store.prune(200.0) == 7
 
     def test_retention_deletes_the_old_but_keeps_bests_and_verified(self, store: RecordStore) -> None:
         old = [make_record(MATMUL, number, created_at=100.0) for number in range(5)]
