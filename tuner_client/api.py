@@ -17,7 +17,7 @@ from tuner_client.progress import Progress, Silent
 from tuner_client.request import TuneRequest, check_model_path, check_output, check_sm_percent
 from tuner_core.datadir import default_data_dir, read_holder
 from tuner_core.errors import ConflictError, DeadlineError, UnavailableError, UsageError
-from tuner_core.model import JobState
+from tuner_core.model import JobState, Record
 from tuner_core.store.interface import Page, RecordFilter
 from tuner_core.transport.options import ConnectionOptions
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 HOST_TIMEOUT_S = 120.0
 SUBMIT_TIMEOUT_S = 120.0
 RECONNECT_S = 60.0
+_FOLLOW_AGAIN_S = 1.0
 _SUBMIT_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 
 
@@ -112,9 +113,13 @@ class Client:
     @property
     def store(self) -> RemoteStore:
         """The server's record store."""
+        return self._store_for("")
+
+    def _store_for(self, team: str) -> RemoteStore:
         from tuner_core.store.remote import RemoteStore
 
-        return RemoteStore(self.connection.channel)
+        connection = self.connection
+        return RemoteStore(connection.channel, address=connection.address, team=team)
 
     # Jobs
 
@@ -405,41 +410,108 @@ class Client:
         self,
         where: RecordFilter | None = None,
         *,
+        order: str = "latency",
+        top_per_key: int = 0,
+        limit: int | None = None,
+        with_traces: bool = True,
+    ) -> Iterator[Record]:
+        """Records that match, streamed: all of them, as they stood at the beginning.
+
+        Args:
+            where: The filter; None: everything that is valid.
+            order: ``latency`` or ``newest``.
+            top_per_key: When positive, only the best so many of each operator, target, device and SM count.
+            limit: At most so many; None: all.
+            with_traces: Without, records come with an empty trace, and faster.
+        """
+        return self.store.stream(
+            where or RecordFilter(), order=order, top_per_key=top_per_key, limit=limit, with_traces=with_traces
+        )
+
+    def page(
+        self,
+        where: RecordFilter | None = None,
+        *,
         limit: int = 100,
         cursor: str | None = None,
         order: str = "latency",
         top_per_key: int = 0,
     ) -> Page:
-        """One page of records; see :meth:`tuner_core.store.interface.RecordStore.query`."""
+        """One page of :meth:`query`; see :meth:`tuner_core.store.interface.RecordStore.query`."""
         return self.store.query(
             where or RecordFilter(), limit=limit, cursor=cursor, order=order, top_per_key=top_per_key
         )
 
-    def records(self, where: RecordFilter | None = None, *, order: str = "latency") -> Iterator[Any]:
-        """All records that match, page by page."""
-        cursor: str | None = None
+    def follow(self, where: RecordFilter | None = None, *, last: int = 0) -> Iterator[Record]:
+        """Records as they are committed, without an end: none twice, none left out, over lost connections too.
+
+        Args:
+            where: The filter.
+            last: Begin with so many of the newest records that are there already, at most 10,000.
+        """
+        where = where or RecordFilter()
+        cursor = self.store.follow(where).cursor
+        shown = set()
+        for record in reversed(self.page(where, limit=last, order="newest").records if last else ()):
+            shown.add(record.trial_id)
+            yield record
+        lost_at: float | None = None
         while True:
-            page = self.query(where, limit=500, cursor=cursor, order=order)
-            yield from page.records
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+            try:
+                for followed in self.store.following(where, cursor):
+                    lost_at = None
+                    cursor = followed.cursor
+                    for record in followed.records:
+                        if record.trial_id not in shown:  # committed between the two questions above
+                            yield record
+            except UnavailableError:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at >= self._reconnect_s:
+                    raise
+                time.sleep(_FOLLOW_AGAIN_S)
+                self.connection.reopen()
 
     def stats(self) -> dict[str, Any]:
-        """Counts of the store."""
+        """Counts, coverage and growth; see :meth:`tuner_core.store.interface.RecordStore.stats`."""
         return self.store.stats()
 
-    def prune(self, older_than: float, team: str = "") -> int:
-        """Delete old records; see :meth:`tuner_core.store.interface.RecordStore.prune`."""
-        return self.store.prune(older_than, team)
+    def prune(self, older_than: float, team: str = "", *, dry_run: bool = False) -> int:
+        """Delete old records; see :meth:`tuner_core.store.interface.RecordStore.prune`.
 
-    def export_records(self, folder: str | os.PathLike[str], where: RecordFilter | None = None) -> ExportReport:
-        """Write records as folders that stock TVM's ``JSONDatabase`` reads."""
+        Raises:
+            PermissionDeniedError: The token is of another team than ``team``.
+        """
+        return self.store.prune(older_than, team, dry_run=dry_run)
+
+    def tag(self, trial_id: str, tags: Mapping[str, str | None], *, team: str = "") -> Record:
+        """Set tags of a record; None removes one.
+
+        Args:
+            trial_id: The record.
+            tags: Value by name.
+            team: For whom, on a server without tokens.
+
+        Raises:
+            NotFoundError: There is no such record.
+            PermissionDeniedError: It belongs to another team.
+        """
+        return self._store_for(team).tag(trial_id, tags)
+
+    def export_records(
+        self, folder: str | os.PathLike[str], where: RecordFilter | None = None, *, split: bool = False
+    ) -> ExportReport:
+        """Write valid records as a folder that stock TVM's ``JSONDatabase`` reads.
+
+        Args:
+            folder: Made when missing.
+            where: Which records.
+            split: A folder in ``folder`` for each target, device and SM count, instead of refusing more than one.
+        """
         from tuner_core.store.tvm_folder import export_folder
 
         store = self.store
         with self._progress.step("exporting"), self._quiet():
-            return export_folder(Path(folder), store, where or RecordFilter())
+            return export_folder(Path(folder), store, where or RecordFilter(), split=split)
 
     def import_records(
         self, folder: str | os.PathLike[str], *, sm_percent: int | None = None, team: str = ""
@@ -481,6 +553,8 @@ class Client:
 
 def _first_share(host: host_pb2.GetHostResponse) -> int:
     """The share that a server measures at when none is asked for."""
+    if host.sm_percent:
+        return host.sm_percent
     return host.workers[0].sm_percent if host.workers else 100
 
 

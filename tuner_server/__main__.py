@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,18 @@ from tuner_core.datadir import default_data_dir
 from tuner_core.errors import ExitCode, TunerError, UsageError
 from tuner_core.model import EvaluatorSettings
 from tuner_server import __version__
-from tuner_server.config import DEFAULT_LISTEN, ServerConfig, TlsFiles, read_config_file
+from tuner_server.config import (
+    DEFAULT_LISTEN,
+    DeviceSettings,
+    ServerConfig,
+    TlsFiles,
+    device_settings,
+    parse_shares,
+    read_config_file,
+)
 
 log = logging.getLogger(__name__)
+_DEVICES = "tuner_server.devices"
 _NOT_IN_FILE = frozenset({"config", "ready_fd", "exit_with_parent", "lazy", "debug"})
 
 
@@ -29,18 +39,21 @@ def _read_config(context: click.Context, _parameter: click.Parameter, path: Path
     if path is not None:
         known = {parameter.name for parameter in context.command.params if parameter.name} - _NOT_IN_FILE
         try:
-            context.default_map = read_config_file(path, frozenset(known))
+            settings = read_config_file(path, frozenset(known | {"devices"}))
         except UsageError as error:
             _fail(error)
+        context.meta[_DEVICES] = settings.pop("devices", None)
+        if isinstance(settings.get("device"), str):  # one, or several as a list
+            settings["device"] = [settings["device"]]
+        context.default_map = settings
     return path
 
 
 def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    words = value if isinstance(value, list | tuple) else str(value).split(",")
     try:
-        shares = tuple(int(word) for word in words)
+        shares = parse_shares(value)
     except ValueError:
         raise click.BadParameter("wants shares in percent, e.g. 50,25,25") from None
     if any(not 1 <= share <= 100 for share in shares):
@@ -63,10 +76,17 @@ def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) ->
 @click.option(
     "--store", default="", metavar="URL", help="sqlite:///PATH or redis://HOST  [default: SQLite in the data directory]"
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:INDEX or cuda:UUID.")
-@click.option("--sm-percent", type=click.IntRange(1, 100), help="Share of the device for each worker.  [default: 100]")
-@click.option("--workers", type=click.IntRange(1, 48), help="Workers per device.  [default: 1]")
-@click.option("--partitions", callback=_shares, metavar="P,P,...", help="Shares of the workers one by one.")
+@click.option(
+    "--device",
+    multiple=True,
+    help="auto, cpu, cpu:CORES, cuda, cuda:INDEX or cuda:UUID; may be repeated.  "
+    "[default: auto: the GPUs of one model, else the CPU]",
+)
+@click.option("--sm-percent", type=click.IntRange(1, 100), help="Share of a device for each worker.  [default: 100]")
+@click.option("--workers", type=click.IntRange(1, 48), help="Workers per device.  [default: as many as fit]")
+@click.option(
+    "--partitions", callback=_shares, metavar="P,P,...", help="Shares of each device's workers one by one: 50,25,25."
+)
 @click.option("--oversubscribe", is_flag=True, help="Allow shares that sum to more than 100 (rankings suffer).")
 @click.option(
     "--mps", type=click.Choice(["auto", "external", "off"]), default="auto", show_default=True, help="CUDA MPS."
@@ -136,18 +156,11 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         raise UsageError("--tls-cert and --tls-key go together")
     if options["tls_client_ca"] and cert is None:
         raise UsageError("--tls-client-ca needs --tls-cert and --tls-key")
-    if options["partitions"] and (options["sm_percent"] or options["workers"]):
-        raise UsageError("--partitions stands for --sm-percent and --workers: give one or the other")
     return ServerConfig(
         listen=options["listen"],
         data_dir=(options["data_dir"] or default_data_dir()).absolute(),
         store=options["store"],
-        device=options["device"],
-        sm_percent=options["sm_percent"] or 0,
-        workers=options["workers"] or 0,
-        partitions=options["partitions"],
-        oversubscribe=options["oversubscribe"],
-        mps=options["mps"],
+        devices=_devices(options),
         repartition=options["repartition"],
         evaluator=EvaluatorSettings(options["number"], options["repeat"], options["min_repeat_ms"]),
         build_timeout_s=options["build_timeout_s"],
@@ -164,6 +177,24 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         lazy=options["lazy"],
         exit_with_parent=options["exit_with_parent"],
     )
+
+
+def _devices(options: dict[str, Any]) -> tuple[DeviceSettings, ...]:
+    """The devices of the flags, or else those of the file, with the general settings for all."""
+    if options["partitions"] and (options["sm_percent"] or options["workers"]):
+        raise UsageError("--partitions stands for --sm-percent and --workers: give one or the other")
+    defaults = DeviceSettings(
+        sm_percent=options["sm_percent"] or 0,
+        workers=options["workers"] or 0,
+        partitions=options["partitions"],
+        oversubscribe=options["oversubscribe"],
+        mps=options["mps"],
+    )
+    context = click.get_current_context(silent=True)
+    listed = context.find_root().meta.get(_DEVICES) if context is not None else None
+    if listed is not None and not options["device"]:
+        return device_settings(listed, defaults)
+    return tuple(replace(defaults, device=device) for device in options["device"] or ("auto",))
 
 
 async def _serve(config: ServerConfig, ready_fd: int | None) -> ExitCode:

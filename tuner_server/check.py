@@ -12,6 +12,7 @@ from tuner_core.model import EvaluatorSettings, Workload
 from tuner_core.store.open import open_store
 from tuner_server.config import ServerConfig
 from tuner_server.engine import Engine
+from tuner_server.lanes.device import SharedDevice
 from tuner_server.measure.requests import MeasureRequest
 from tuner_server.trial import TrialFailed
 
@@ -49,31 +50,41 @@ async def run_checks(config: ServerConfig) -> list[Finding]:
         except TunerError as error:
             findings.append(Finding("workers", False, str(error)))
             return findings
-        device = engine.device
-        unit = "cores" if device.kind == "cpu" else "SMs"
-        versions = "".join(
-            f", {name} {version}"
-            for name, version in (("driver", device.driver_version), ("CUDA", device.cuda_version))
-            if version
-        )
         findings.append(Finding("tvm", True, f"apache-tvm {engine.tvm_version} loads"))
-        findings.append(
-            Finding(
-                "device", True, f"{device.model} ({device.arch}), {device.sm_count} {unit}{versions}, {device.uuid}"
-            )
-        )
-        findings.extend(Finding("device", True, note) for note in engine.notes)
-        findings.append(Finding("partitions", True, ", ".join(str(kind) for kind in engine.partition_kinds)))
-        findings.extend(Finding("partitions", True, line) for line in engine.provider.describe())
-        findings.append(Finding("target", True, engine.target_json))
-        for worker in engine.workers():
-            text = f"{worker.kind} {worker.sm_percent} %: sees {worker.sm_count_seen} {unit}"
-            if worker.affinity:
-                text += f", on cores {','.join(map(str, worker.affinity))}"
-            findings.append(Finding(f"worker {worker.index}", worker.state != "lost", text))
-        findings.append(await _measurement(engine))
+        findings.extend(Finding("devices", True, note) for note in engine.notes)
+        for device in engine.devices:
+            findings += await _device(engine, device)
     finally:
         await engine.stop()
+    return findings
+
+
+async def _device(engine: Engine, device: SharedDevice) -> list[Finding]:
+    """What a device is, how it is divided, what its workers see, and one measurement."""
+    info = device.info
+    unit = "cores" if info.kind == "cpu" else "SMs"
+    versions = "".join(
+        f", {name} {version}"
+        for name, version in (("driver", info.driver_version), ("CUDA", info.cuda_version))
+        if version
+    )
+    kinds = ", ".join(str(kind) for kind in device.provider.kinds_on_offer)
+    shares = " + ".join(f"{share}" for share in device.configured)
+    target = await device.provider.target_json(device.configured[0])
+    findings = [
+        Finding(
+            "device", True, f"{device.name}: {info.model} ({info.arch}), {info.sm_count} {unit}{versions}, {info.uuid}"
+        ),
+        Finding("partitions", True, f"{kinds}: {shares} %"),
+        *(Finding("partitions", True, line) for line in device.provider.describe()),
+        Finding("target", True, target),
+    ]
+    for worker in device.fleet.workers():
+        text = f"{worker.kind} {worker.sm_percent} %: sees {worker.sm_count_seen} {unit}"
+        if worker.affinity:
+            text += f", on cores {','.join(map(str, worker.affinity))}"
+        findings.append(Finding(f"worker {worker.index}", worker.state != "lost", text))
+    findings.append(await _measurement(engine, device, target))
     return findings
 
 
@@ -90,17 +101,24 @@ async def _store(config: ServerConfig) -> Finding:
     return Finding("store", True, f"{config.store_url.split('@')[-1]}, {count} records")
 
 
-async def _measurement(engine: Engine) -> Finding:
+async def _measurement(engine: Engine, device: SharedDevice, target_json: str) -> Finding:
     workload = selftest_workload()
     try:
-        built = await engine.build.fallback(workload, engine.target_json)
-        measured = await engine.fleet.measure(
-            MeasureRequest(built.artifact.path, workload.args_info, EvaluatorSettings(), engine.run_timeout_s)
+        built = await engine.build.fallback(workload, target_json)
+        measured = await device.fleet.measure(
+            MeasureRequest(
+                built.artifact.path,
+                workload.args_info,
+                EvaluatorSettings(),
+                engine.run_timeout_s,
+                sm_percent=device.configured[0],
+            )
         )
     except TrialFailed as failure:
-        return Finding("measurement", False, f"{workload.description}: {failure.kind}: {failure}")
+        return Finding("measurement", False, f"{device.name}, {workload.description}: {failure.kind}: {failure}")
     spread = f"{measured.ci_low_us:.1f} to {measured.ci_high_us:.1f}"
-    return Finding("measurement", True, f"{workload.description}: {measured.median_us:.1f} us ({spread})")
+    share = f"{device.name} at {device.configured[0]} %"
+    return Finding("measurement", True, f"{share}, {workload.description}: {measured.median_us:.1f} us ({spread})")
 
 
 def show(findings: list[Finding], *, as_json: bool) -> str:

@@ -1,27 +1,34 @@
-"""The worker processes of a server, as one: search, build and measurement on one device at one share at a time."""
+"""The worker processes of a server, as one: search, build, and measurement on its devices, in lanes for jobs."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from tuner_core.errors import ConflictError
-from tuner_core.model import DeviceInfo, PartitionKind, Workload, target_digest
-from tuner_server.build.pool import Artifact, BuildPool
+from tuner_core.errors import ConflictError, TunerError, UsageError
+from tuner_core.model import DeviceInfo, target_digest
+from tuner_server.build.pool import BuildPool
 from tuner_server.config import ServerConfig
-from tuner_server.measure.fleet import WorkerFleet
+from tuner_server.fairness import on_behalf_of
+from tuner_server.lanes.device import SharedDevice
+from tuner_server.lanes.floor import Floor, Grant, Wish
+from tuner_server.lanes.lane import Lane
+from tuner_server.lanes.pools import WorkPools
 from tuner_server.measure.gate import CoreGate
-from tuner_server.measure.requests import CheckOutcome, WorkerSnapshot
-from tuner_server.partitions.interface import Partition, PartitionProvider
-from tuner_server.partitions.select import select_provider
+from tuner_server.measure.requests import WorkerSnapshot
+from tuner_server.partitions.cpu import usable_cores
+from tuner_server.partitions.select import Chosen, select_providers
 from tuner_server.processes.spawner import Spawner
 from tuner_server.scheduler.gathering import Gathering
 from tuner_server.scheduler.machine import Limits
-from tuner_server.search.messages import SearchSettings
 from tuner_server.search.pool import SearchPool
 
 log = logging.getLogger(__name__)
@@ -30,8 +37,35 @@ GATHER_PER_WORKER = 4
 """Built candidates per worker that are measured in one pause of the builds, where there is no core to spare."""
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What a server has for a share.
+
+    Attributes:
+        sm_percent: The share.
+        sm_count: SMs or cores that its workers see.
+        target_json: What is built for.
+        devices: Devices that would do, all of one model.
+        on_offer: Whether partitions with the share are configured; if not, free devices are divided anew for it.
+    """
+
+    sm_percent: int
+    sm_count: int
+    target_json: str
+    devices: tuple[SharedDevice, ...]
+    on_offer: bool
+
+    @property
+    def device(self) -> DeviceInfo:
+        """The device, or one of several of the same model."""
+        return self.devices[0].info
+
+
+_BATCH = {"cpu": 8, "cuda": 16}
+"""Candidates of a task that are proposed together; two batches are in flight, and learn nothing from each other."""
+
 class Engine:
-    """Starts at the first need, re-partitions between jobs, stops with the server.
+    """Starts at the first need, lets jobs in when there are partitions for them, stops with the server.
 
     Args:
         config: The server's settings.
@@ -39,54 +73,37 @@ class Engine:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._lock = asyncio.Lock()
+        self._starting = asyncio.Lock()
+        self._asking = asyncio.Lock()
+        self._arranging = asyncio.Lock()
         self._started = False
         self._spawner: Spawner | None = None
-        self._provider: PartitionProvider | None = None
-        self._fleet: WorkerFleet | None = None
-        self._search: SearchPool | None = None
-        self._build: BuildPool | None = None
+        self._pools: WorkPools | None = None
+        self._gate: CoreGate | None = None
+        self._floor: Floor | None = None
         self._scratch: Path | None = None
-        self._partitions: list[Partition] = []
+        self._granted: dict[str, asyncio.Future[Grant]] = {}
+        self._chosen: list[Chosen] = []
+        self._open_lanes = 0
+        self._tickets = itertools.count()
+        self.devices: list[SharedDevice] = []
         self.evaluator = config.evaluator
         self.run_timeout_s = config.run_timeout_s
-        self.limits = Limits()
-        self.gathering = Gathering(1)
         self.notes: tuple[str, ...] = ()
-        self.target_json = ""
-        self.target_digest = ""
-        self.sm_count = 0
 
     # Facts
 
     @property
-    def provider(self) -> PartitionProvider:
-        """What partitions the device."""
-        assert self._provider is not None, "the engine has not been started"
-        return self._provider
-
-    @property
-    def fleet(self) -> WorkerFleet:
-        """The measurement workers."""
-        assert self._fleet is not None, "the engine has not been started"
-        return self._fleet
-
-    @property
     def search(self) -> SearchPool:
         """The search processes."""
-        assert self._search is not None, "the engine has not been started"
-        return self._search
+        assert self._pools is not None, "the engine has not been started"
+        return self._pools.search
 
     @property
     def build(self) -> BuildPool:
         """The build processes."""
-        assert self._build is not None, "the engine has not been started"
-        return self._build
-
-    @property
-    def device(self) -> DeviceInfo:
-        """The device that is measured."""
-        return self.provider.device
+        assert self._pools is not None, "the engine has not been started"
+        return self._pools.build
 
     @property
     def tvm_version(self) -> str:
@@ -95,151 +112,215 @@ class Engine:
         return self._spawner.tvm_version
 
     @property
-    def partition_kinds(self) -> tuple[PartitionKind, ...]:
-        """Kinds of partition on offer."""
-        return tuple(self.provider.kinds_on_offer)
-
-    @property
-    def partition_kind(self) -> PartitionKind:
-        """Kind of the present partitions."""
-        return self._partitions[0].kind
-
-    @property
     def default_share(self) -> int:
         """Share of a job that does not ask for one."""
-        if self._config.partitions:
-            return self._config.partitions[0]
-        return self._config.sm_percent or 100
+        return self.devices[0].configured[0]
 
     def workers(self) -> list[WorkerSnapshot]:
-        """The workers as they are now."""
-        return self.fleet.workers()
+        """The workers of all devices as they are now."""
+        return [worker for device in self.devices for worker in device.fleet.workers()]
 
-    async def target_at(self, sm_percent: int) -> str:
-        """Target, as JSON, of a worker with that share.
+    async def offer(self, sm_percent: int, target_json: str = "") -> Offer:
+        """What a job with that share would run on.
+
+        Args:
+            sm_percent: The share.
+            target_json: Target that the job wants; empty: that of the first device with partitions of the share, or
+                else of the first device.
 
         Raises:
-            UsageError, ConflictError: The device cannot be partitioned so, or may not be.
+            UsageError, ConflictError: No device can be partitioned so, or may be, or has the target.
         """
-        self._plan(sm_percent)
-        return await self.provider.target_json(sm_percent)
-
-    def sm_count_at(self, sm_percent: int) -> int:
-        """SMs (or cores) that a worker with that share should see."""
-        return self._plan(sm_percent)[0].expected_sm_count
+        shares = sorted({share for device in self.devices for share in device.configured}, reverse=True)
+        if sm_percent not in shares and not self._config.repartition:
+            raise ConflictError(
+                f"this server offers {', '.join(f'{share} %' for share in shares)} only, not {sm_percent} %; "
+                "ask for one of these with --sm-percent, or use another server"
+            )
+        groups: dict[tuple[str, str, int], list[SharedDevice]] = {}
+        refusal: UsageError | None = None
+        for device in self.devices:
+            if not self._config.repartition and sm_percent not in device.configured:
+                continue
+            try:
+                key = (
+                    await device.provider.target_json(sm_percent),
+                    device.info.model,
+                    device.sm_count_at(sm_percent),
+                )
+            except UsageError as error:
+                refusal = refusal or error
+                continue
+            groups.setdefault(key, []).append(device)
+        if not groups:
+            assert refusal is not None
+            raise refusal
+        wanted = {
+            key: devices
+            for key, devices in groups.items()
+            if not target_json or target_digest(key[0]) == target_digest(target_json)
+        }
+        if not wanted:
+            own = ", ".join(dict.fromkeys(target for target, _, _ in groups))
+            raise ConflictError(
+                f"this server measures for the target {own}, not for {target_json}; "
+                "leave out --target, or use a server with that device"
+            )
+        for (target, _, sm_count), devices in wanted.items():
+            having = tuple(device for device in devices if sm_percent in device.configured)
+            if having:
+                return Offer(sm_percent, sm_count, target, having, True)
+        (target, _, sm_count), devices = next(iter(wanted.items()))
+        return Offer(sm_percent, sm_count, target, tuple(devices), False)
 
     # Life
 
     async def start(self) -> None:
-        """Load TVM, find the device, start the workers of the default share. A second call does nothing.
+        """Load TVM, find the devices, start the workers as configured. A second call does nothing.
 
         Raises:
             TunerError: TVM does not load, no such device, or no worker starts.
         """
-        async with self._lock:
+        async with self._starting:
             if self._started:
                 return
             config = self._config
             self._scratch = Path(tempfile.mkdtemp(prefix="tuner-", dir=_scratch_root()))
-            self._spawner = Spawner(config.data_dir / "logs")
-            await self._spawner.start()
-            self._provider, self.notes = await select_provider(
-                config.device, config.data_dir, self._spawner, mps=config.mps, oversubscribe=config.oversubscribe
-            )
-            for note in self.notes:
-                log.info("%s", note)
-            await self._provider.start()
-            await self._partition(self.default_share)
+            self._spawner = spawner = Spawner(config.data_dir / "logs")
+            try:
+                await spawner.start()
+                self._pools = WorkPools(config, spawner, self._scratch)
+                self._gate = gate = CoreGate([self._pools])
+                self._chosen, self.notes = await select_providers(config.devices, config.data_dir, spawner)
+                for note in self.notes:
+                    log.info("%s", note)
+                only = len(self._chosen) == 1
+                self.devices = [
+                    SharedDevice(one.name, one.settings, one.provider, spawner, gate, only=only) for one in self._chosen
+                ]
+                await asyncio.gather(*(device.divide(device.configured) for device in self.devices))
+                self._floor = Floor({device.name: device.configured for device in self.devices})
+                await self._arrange()
+            except BaseException:
+                await self._end_all()
+                raise
             self._started = True
 
-    async def ensure_share(self, sm_percent: int) -> None:
-        """Make the workers those of that share; called only while nothing is being measured.
-
-        Raises:
-            UsageError, ConflictError: See :meth:`target_at`.
-        """
-        await self.start()
-        async with self._lock:
-            if self._partitions and self._partitions[0].sm_percent == sm_percent:
-                return
-            log.info("re-partitioning for a share of %d %%", sm_percent)
-            await self._partition(sm_percent)
-
-    def _plan(self, sm_percent: int) -> list[Partition]:
-        config = self._config
-        own = sm_percent == (config.sm_percent or 100) or sm_percent in config.partitions
-        if not own and not config.repartition:
-            offered = sorted(set(config.partitions) or {config.sm_percent or 100})
-            raise ConflictError(
-                f"this server offers {', '.join(f'{share} %' for share in offered)} only, not {sm_percent} %; "
-                "ask for one of these with --sm-percent, or use another server"
-            )
-        workers = config.workers if own and config.workers else None
-        return self.provider.plan(sm_percent, workers)
-
-    async def _partition(self, sm_percent: int) -> None:
-        assert self._spawner is not None and self._scratch is not None
-        partitions = self._plan(sm_percent)
-        await self._stop_pools()
-        spare = self.provider.spare_cores(partitions)
-        cores = len(spare) or len(os.sched_getaffinity(0))
-        search_processes = self._config.search_processes or _share_of(cores, 0.4)
-        build_processes = self._config.build_processes or max(1, cores if not spare else _share_of(cores, 0.8))
-        self._search = SearchPool(self._spawner, search_processes, SearchSettings(), affinity=spare)
-        self._build = BuildPool(
-            self._spawner,
-            build_processes,
-            self._scratch,
-            timeout_s=self._config.build_timeout_s,
-            reference_timeout_s=self._config.reference_timeout_s,
-            affinity=spare,
-        )
-        self.gathering = Gathering(1 if spare else GATHER_PER_WORKER * len(partitions))
-        gate = CoreGate([self._search, self._build], spare=bool(spare))
-        self._fleet = WorkerFleet(self._spawner, self.provider, gate)
-        self._partitions = partitions
-        await self._fleet.start(partitions)
-        self.target_json = await self.provider.target_json(sm_percent)
-        self.target_digest = target_digest(self.target_json)
-        self.sm_count = self._fleet.workers()[0].sm_count_seen
-        batch = self._config.batch or (16 if self.device.kind == "cpu" else 32)
-        self.limits = Limits(batch=batch, batches_at_once=2 * (search_processes + 1))
-
-    async def check(
-        self, artifact: Artifact, workload: Workload, reference: Path | None, fallback: Artifact | None
-    ) -> CheckOutcome:
-        """Compare an artifact's output with the reference.
-
-        Args:
-            artifact: What is to be published.
-            workload: Its operator.
-            reference: Inputs and outputs of the unscheduled build; None when that took too long.
-            fallback: The fallback schedule's artifact, the second-best reference; None when it is what is compared.
-        """
-        second = fallback.path if fallback is not None else None
-        return await self.fleet.check(artifact.path, workload.args_info, reference, second)
-
-    async def _stop_pools(self) -> None:
-        for part in (self._fleet, self._search, self._build):
-            if part is not None:
-                await part.stop()
-        self._fleet = self._search = self._build = None
+    async def _arrange(self) -> None:
+        """Give search and build the cores that the present partitions leave."""
+        assert self._pools is not None and self._gate is not None
+        spare = set(usable_cores())
+        for device in self.devices:
+            spare.difference_update(device.provider.cores)
+        for device in self.devices:
+            spare.update(device.provider.spare_cores(device.partitions))
+        await self._pools.arrange(tuple(sorted(spare)))
+        self._gate.spare = bool(spare)
 
     async def stop(self) -> None:
         """End every process and remove the scratch files."""
-        async with self._lock:
-            await self._stop_pools()
-            if self._provider is not None:
-                await self._provider.stop()
-            if self._spawner is not None:
-                await self._spawner.stop()
-            if self._scratch is not None:
-                await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+        async with self._starting:
+            await self._end_all()
             self._started = False
 
+    async def _end_all(self) -> None:
+        await asyncio.gather(*(device.fleet.stop() for device in self.devices))
+        await asyncio.gather(*(one.provider.stop() for one in self._chosen))
+        self.devices, self._chosen = [], []
+        if self._pools is not None:
+            await self._pools.stop()
+        if self._spawner is not None:
+            await self._spawner.stop()
+        if self._scratch is not None:
+            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
 
-def _share_of(cores: int, share: float) -> int:
-    return max(1, round(cores * share))
+    # Lanes
+
+    @contextlib.asynccontextmanager
+    async def lane(self, sm_percent: int, target_json: str = "") -> AsyncIterator[Lane]:
+        """Wait for partitions of a share, in the order of the calls, and have them for the length of the block.
+
+        Jobs at different shares on offer run at the same time, jobs at one share one after the other. For a share that
+        is not on offer, devices that nobody uses are divided anew; they go back when a job wants them back.
+
+        Args:
+            sm_percent: The share.
+            target_json: Target that the job wants; empty: the server's own.
+
+        Raises:
+            UsageError, ConflictError: See :meth:`offer`.
+            TunerError: The device could not be divided.
+        """
+        ticket = f"{sm_percent} % #{next(self._tickets)}"
+        async with self._asking:
+            await self.start()
+            offer = await self.offer(sm_percent, target_json)
+            assert self._floor is not None
+            self._granted[ticket] = asyncio.get_running_loop().create_future()
+            names = tuple(device.name for device in offer.devices)
+            self._floor.ask(Wish(ticket, sm_percent, names, offer.on_offer))
+        self._serve()
+        opened = False
+        behalf = on_behalf_of.set(ticket)
+        try:
+            grant = await self._granted[ticket]
+            devices = [device for device in offer.devices if device.name in grant.devices]
+            async with self._arranging:
+                await self._divide(devices, grant)
+                if not self._open_lanes:  # else the pools keep the cores that they have
+                    await self._arrange()
+                self._open_lanes += 1
+                opened = True
+            yield self._lane(offer, devices)
+        finally:
+            on_behalf_of.reset(behalf)
+            self._open_lanes -= opened
+            del self._granted[ticket]
+            self._floor.leave(ticket)
+            self._serve()
+
+    def _serve(self) -> None:
+        assert self._floor is not None
+        for grant in self._floor.grants():
+            waiting = self._granted[grant.wish.job]
+            if not waiting.done():
+                waiting.set_result(grant)
+
+    async def _divide(self, devices: list[SharedDevice], grant: Grant) -> None:
+        assert self._floor is not None
+        outcomes = await asyncio.gather(
+            *(
+                device.divide(device.configured) if grant.configured else device.divide_for(grant.wish.sm_percent)
+                for device in devices
+            ),
+            return_exceptions=True,
+        )
+        for device, outcome in zip(devices, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                self._floor.undivided(device.name)
+        for outcome in outcomes:
+            if isinstance(outcome, TunerError):
+                raise TunerError(f"the device could not be divided for {grant.wish.sm_percent} %: {outcome}")
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _lane(self, offer: Offer, devices: list[SharedDevice]) -> Lane:
+        assert self._pools is not None and self._gate is not None
+        workers = sum(share == offer.sm_percent for device in devices for share in device.shares)
+        batch = self._config.batch or _BATCH[offer.device.kind]
+        return Lane(
+            sm_percent=offer.sm_percent,
+            sm_count=offer.sm_count,
+            target_json=offer.target_json,
+            devices=devices,
+            search=self.search,
+            build=self.build,
+            tvm_version=self.tvm_version,
+            evaluator=self.evaluator,
+            run_timeout_s=self.run_timeout_s,
+            limits=Limits(batch=batch, batches_at_once=2 * (self._pools.search_processes + 1)),
+            gathering=Gathering(1 if self._gate.spare else GATHER_PER_WORKER * workers),
+        )
 
 
 def _scratch_root() -> str | None:

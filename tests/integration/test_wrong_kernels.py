@@ -17,7 +17,7 @@ from tuner_core.store.interface import RecordFilter
 from tuner_core.store.open import open_store
 from tuner_core.store.wire import workload_to_message
 from tuner_server.build.pool import Artifact, BuildPool, FallbackBuild
-from tuner_server.config import ServerConfig
+from tuner_server.config import DeviceSettings, ServerConfig
 from tuner_server.engine import Engine
 from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.driver import JobRun
@@ -50,15 +50,16 @@ def test_wrong_kernels_are_recorded_one_by_one_and_none_is_published(tmp_path: P
     store = open_store(f"sqlite:///{tmp_path / 'records.sqlite'}")
 
     async def tune() -> tuple[tuning_pb2.JobStatus, RecordKey]:
-        engine = SabotagedEngine(ServerConfig(data_dir=tmp_path, device="cpu"))
+        engine = SabotagedEngine(ServerConfig(data_dir=tmp_path, devices=(DeviceSettings("cpu"),)))
         spec = tuning_pb2.JobSpec(model="m", sm_percent=100, trials=TRIALS)
         spec.tasks.add(name="dense", workload=workload_to_message(workload), weight=1, tunable=True)
         committer = Committer(store)
         try:
-            run = JobRun(JobFacts("job-1", spec, time.time(), "here"), engine, store, committer, 0.0, lambda _: None)
-            assert await run.run() is JobState.FAILED
-            key = RecordKey(workload.digest, engine.target_digest, engine.device.model, engine.sm_count)
-            return run.status, key
+            async with engine.lane(100) as lane:
+                run = JobRun(JobFacts("job-1", spec, time.time(), "here"), lane, store, committer, 0.0, lambda _: None)
+                assert await run.run() is JobState.FAILED
+                key = RecordKey(workload.digest, lane.target_digest, lane.device.model, lane.sm_count)
+                return run.status, key
         finally:
             await committer.stop()
             await engine.stop()

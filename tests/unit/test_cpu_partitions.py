@@ -12,7 +12,7 @@ import pytest
 from tuner_core.errors import UsageError
 from tuner_core.model import PartitionKind
 from tuner_server.partitions import cpu
-from tuner_server.partitions.cpu import CpuPartitions, usable_cores
+from tuner_server.partitions.cpu import CpuPartitions, parse_cores, usable_cores
 from tuner_server.partitions.cpu_target import hidden_features
 from tuner_server.processes.spawner import Spawner
 
@@ -58,8 +58,8 @@ def test_cores_that_no_worker_has_are_for_search_and_build(tmp_path: Path) -> No
         (0, None, "from 1 to 100, not 0"),
         (101, None, "from 1 to 100, not 101"),
         (50, 0, "at least 1, not 0"),
-        (40, 3, "120 % of the processor: at most 2 workers fit"),
-        (25, 3, "need 3 cores, this process may use 2: at most 2 workers fit"),
+        (40, 3, r"40 \+ 40 \+ 40 sum to 120 %.*--oversubscribe"),
+        (25, 3, r"25 \+ 25 \+ 25 need 3 whole cores, cpu has 2"),
     ],
 )
 def test_what_the_processor_does_not_have_is_refused(
@@ -67,6 +67,44 @@ def test_what_the_processor_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         provider(2, tmp_path).plan(sm_percent, workers)
+
+
+def test_shares_may_differ_from_worker_to_worker(tmp_path: Path) -> None:
+    device = provider(8, tmp_path)
+    partitions = device.plan_shares([50, 25, 25])
+    assert [partition.affinity for partition in partitions] == [(0, 1, 2, 3), (4, 5), (6, 7)]
+    assert [partition.expected_sm_count for partition in partitions] == [4, 2, 2]
+    assert [partition.env["TVM_NUM_THREADS"] for partition in partitions] == ["4", "2", "2"]
+    assert device.spare_cores(device.plan_shares([50, 25])) == [6, 7]
+
+
+def test_a_share_of_less_than_a_core_is_granted_a_whole_one(tmp_path: Path) -> None:
+    partitions = provider(2, tmp_path).plan_shares([50, 25])
+    assert [(part.sm_percent, part.expected_sm_count, part.affinity) for part in partitions] == [
+        (50, 1, (0,)),
+        (25, 1, (1,)),
+    ]
+    with pytest.raises(UsageError, match=r"50 \+ 25 \+ 25 need 3 whole cores, cpu has 2; .*--oversubscribe"):
+        provider(2, tmp_path).plan_shares([50, 25, 25])
+
+
+def test_oversubscribed_workers_share_cores_and_a_warning_says_what_it_costs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = CpuPartitions(Spawner(tmp_path), range(4), oversubscribe=True)
+    partitions = device.plan_shares([50, 50, 50])
+    assert [partition.affinity for partition in partitions] == [(0, 1), (2, 3), (0, 1)]
+    assert "shares sum to 150 %: workers disturb each other" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "cores"), [("cpu", None), ("cpu:0", (0,)), ("cpu:0-3", (0, 1, 2, 3)), ("cpu:4,0-1", (0, 1, 4))]
+)
+def test_cores_are_named_like_those_of_taskset(device: str, cores: tuple[int, ...] | None) -> None:
+    assert parse_cores(device) == cores
+    for wrong in ("cpu:", "cpu:x", "cpu:3-1"):
+        with pytest.raises(UsageError, match="wants cores as in cpu:0-3"):
+            parse_cores(wrong)
 
 
 def test_only_the_cores_left_to_this_process_are_divided() -> None:

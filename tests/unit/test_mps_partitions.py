@@ -18,6 +18,7 @@ import pytest
 
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import PartitionKind
+from tuner_server.config import DeviceSettings
 from tuner_server.gpu.inventory import GpuInfo, Inventory, choose_gpus, find_gpus
 from tuner_server.gpu.lock import LOCK_DIRECTORY
 from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
@@ -248,13 +249,15 @@ def test_where_mps_refuses_to_start_the_server_goes_on_with_one_exclusive_worker
     spawner = Spawner(tmp_path / "logs")
 
     async def body() -> None:
-        provider, notes = await select.select_provider("auto", tmp_path, spawner)
-        assert isinstance(provider, ExclusivePartitions)
-        assert "one exclusive worker on NVIDIA H200: MPS does not work here (the MPS control daemon did not" in notes[0]
+        (chosen,), notes = await select.select_providers([DeviceSettings()], tmp_path, spawner, probe=PROBE)
+        assert isinstance(chosen.provider, ExclusivePartitions)
+        assert "one exclusive worker on NVIDIA H200 (cuda:0): MPS does not work here (the MPS control" in notes[0]
+        await chosen.provider.stop()
         with pytest.raises(TunerError, match="no MPS control daemon answers"):
-            await select.select_provider("auto", tmp_path, spawner, mps="external")
+            await select.select_providers([DeviceSettings(mps="external")], tmp_path, spawner, probe=PROBE)
         monkeypatch.setenv("PATH", "/nowhere")
-        _, notes = await select.select_provider("cuda:0", tmp_path, spawner)
+        (chosen,), notes = await select.select_providers([DeviceSettings("cuda:0")], tmp_path, spawner, probe=PROBE)
         assert "nvidia-cuda-mps-control is not installed" in notes[0]
+        await chosen.provider.stop()
 
     asyncio.run(body())

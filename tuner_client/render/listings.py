@@ -34,11 +34,12 @@ def _table(*headings: str) -> Table:
 
 def job_table(jobs: Sequence[JobReport]) -> Table:
     """One row per job."""
-    table = _table("job", "model", "status", ">share", ">trials", ">failed", ">time", "begun")
+    table = _table("job", "model", "team", "status", ">share", ">trials", ">failed", ">time", "begun")
     for job in jobs:
         table.add_row(
             job.job,
             job.model,
+            Text(job.team),
             job.status,
             f"{job.sm_percent} %",
             f"{job.measured + job.reused:,}/{job.budget:,}",
@@ -49,11 +50,17 @@ def job_table(jobs: Sequence[JobReport]) -> Table:
     return table
 
 
-def record_table(records: Sequence[Record]) -> Table:
-    """One row per record."""
-    table = _table("operator", ">latency", ">share", ">SMs", "device", "model", "team", "state", "age")
+def record_table(records: Sequence[Record], *, ids: bool = False) -> Table:
+    """One row per record; with its whole trial id in front for ``ids``."""
+    headings = ("operator", ">latency", ">share", ">SMs", "device", "model", "team", "state", "age")
+    table = _table(*(("trial id",) if ids else ()), *headings)
+    if ids:
+        table.columns[0].min_width = 64
+    for column in table.columns:  # figures stay whole, long names take two lines
+        column.no_wrap = column.header not in ("operator", "device", "model", "team")
     for record in records:
         table.add_row(
+            *((record.trial_id,) if ids else ()),
             Text(record.description or record.workload_digest[:12]),
             units.latency(record.median_us),
             f"{record.sm_percent} %",
@@ -65,6 +72,17 @@ def record_table(records: Sequence[Record]) -> Table:
             units.ago(record.created_at),
         )
     return table
+
+
+def nearest_line(records: Sequence[Record], asked: int) -> str:
+    """Says which shares stand for the one that was asked for."""
+    counts: dict[int, int] = {}
+    for record in records:
+        counts[record.sm_percent] = counts.get(record.sm_percent, 0) + 1
+    if set(counts) == {asked}:
+        return f"all of exactly {asked} %"
+    shares = ", ".join(f"{share} % ({units.count(count, 'record')})" for share, count in sorted(counts.items()))
+    return f"nearest to {asked} % for each operator and device: {shares}"
 
 
 def _record_state(record: Record) -> Text:
@@ -114,6 +132,12 @@ def host_document(host: host_pb2.GetHostResponse, address: str) -> dict[str, Any
                 "sm_count": device.sm_count,
                 "driver_version": device.driver_version,
                 "target": json.loads(device.target_json) if device.target_json else None,
+                "name": device.name,
+                "shares": list(device.shares),
+                "present_shares": list(device.present_shares),
+                "partition_kinds": list(device.partition_kinds),
+                "cuda_version": device.cuda_version,
+                "notes": list(device.notes),
             }
             for device in host.devices
         ],
@@ -135,6 +159,7 @@ def host_document(host: host_pb2.GetHostResponse, address: str) -> dict[str, Any
         "store": host.store,
         "partition_kinds": list(host.partition_kinds),
         "target": json.loads(host.target_json) if host.target_json else None,
+        "sm_percent": host.sm_percent,
         "sm_count": host.sm_count,
         "trials_measured": host.trials_measured,
     }
@@ -152,12 +177,20 @@ def host_view(host: host_pb2.GetHostResponse, address: str) -> RenderableType:
     for device in host.devices:
         units_word = "cores" if device.kind == "cpu" else "SMs"
         driver = f", driver {device.driver_version}" if device.driver_version else ""
-        lines.append(Text(f"{device.kind}: {device.model} ({device.arch}), {device.sm_count} {units_word}{driver}"))
+        lines.append(
+            Text(
+                f"{device.name or device.kind}: {device.model} ({device.arch}), {device.sm_count} {units_word}{driver}"
+            )
+        )
+        lines.append(Text(f"  {_division(device)}", style="dim"))
+        lines += [Text(f"  {note}", style="dim") for note in device.notes]
     jobs = ", ".join(host.running_jobs) or "none"
     lines.append(Text(f"jobs: {jobs}; {units.count(host.trials_measured, 'trial')} measured; store {host.store}"))
-    table = _table(">worker", "partition", ">share", f">{units_word}", "state", ">pid", "pinned to")
+    names = {device.uuid: device.name or device.kind for device in host.devices}
+    table = _table("device", ">worker", "partition", ">share", f">{units_word}", "state", ">pid", "pinned to")
     for worker in host.workers:
         table.add_row(
+            names.get(worker.device_uuid, worker.device_uuid),
             str(worker.index),
             worker.partition_kind,
             f"{worker.sm_percent} %",
@@ -167,6 +200,15 @@ def host_view(host: host_pb2.GetHostResponse, address: str) -> RenderableType:
             ", ".join(str(core) for core in worker.affinity),
         )
     return Group(*lines, table) if host.workers else Group(*lines)
+
+
+def _division(device: host_pb2.Device) -> str:
+    """A device's shares, as configured and, where a job has it otherwise, at present."""
+    configured = " + ".join(f"{share}" for share in device.shares) or "none"
+    text = f"partitions: {configured} %"
+    if list(device.present_shares) != list(device.shares):
+        text += f", now {' + '.join(f'{share}' for share in device.present_shares) or 'none'} % for a job"
+    return text
 
 
 def stats_view(stats: Mapping[str, Any]) -> RenderableType:
@@ -180,6 +222,25 @@ def stats_view(stats: Mapping[str, Any]) -> RenderableType:
             for key, value in sorted(group.items(), key=lambda item: str(item[0])):
                 table.add_row(str(key) or "(none)", _cell(value))
             parts.append(table)
+    if stats.get("coverage"):
+        table = _table("model", "device", ">share", ">SMs", ">verified", ">operators")
+        for row in stats["coverage"]:
+            table.add_row(
+                Text(row["model"] or "(none)"),
+                Text(row["device_model"]),
+                f"{row['sm_percent']} %",
+                str(row["sm_count"]),
+                str(row["verified"]),
+                str(row["operators"]),
+            )
+        parts += [Text("operators of each model with a verified record:"), table]
+    days = stats.get("growth") or []
+    if any(day["records"] for day in days):
+        table = _table("day", ">records")
+        for day in days:
+            if day["records"]:
+                table.add_row(day["day"], f"{day['records']:,}")
+        parts += [Text(f"new records in the last {len(days)} days (UTC):"), table]
     return Group(*parts)
 
 

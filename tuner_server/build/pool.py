@@ -13,6 +13,7 @@ from typing import Any
 
 from tuner_core.model import FailureKind, Workload
 from tuner_server.build.artifact import Artifact, FallbackBuild, ModelBuild
+from tuner_server.fairness import FairTurns
 from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
 from tuner_server.trial import TrialFailed
 
@@ -53,7 +54,7 @@ class BuildPool:
         self._recycle_after = recycle_after
         self._affinity = tuple(affinity)
         self._nice = nice
-        self._turns = asyncio.Semaphore(max(1, processes))
+        self._turns = FairTurns(max(1, processes))
         self._files = itertools.count()
         self._idle: list[Child] = []
         self._children: set[Child] = set()
@@ -191,7 +192,7 @@ class BuildPool:
 
     @contextlib.asynccontextmanager
     async def _child(self, once: bool) -> AsyncIterator[Child]:
-        async with self._turns:
+        async with self._turns.turn():
             if self._stopped:
                 raise ChildDied("the build pool", None)
             child = None if once else self._take_idle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
-from tuner_server.partitions.interface import Partition, check_share
+from tuner_server.partitions.interface import Partition, check_share, check_sum
 from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
 
 _MEMORY_SHARE = 0.8  # of the memory that this process may use, per worker: a candidate may not take the host down
@@ -22,16 +23,26 @@ class CpuPartitions:
     Args:
         spawner: Starts the process that asks LLVM what the processor is.
         cores: Cores to divide; None: those that affinity and the control group leave to this process.
+        name: Of the device, in place of a UUID.
+        oversubscribe: Allow shares that sum to more than 100 %, or to more whole cores than there are.
     """
 
     faults_spread = False
 
-    def __init__(self, spawner: Spawner, cores: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        spawner: Spawner,
+        cores: Sequence[int] | None = None,
+        *,
+        name: str = "cpu",
+        oversubscribe: bool = False,
+    ) -> None:
         self._spawner = spawner
-        self._cores = tuple(cores) if cores is not None else usable_cores()
+        self._oversubscribe = oversubscribe
+        self.cores = tuple(cores) if cores is not None else usable_cores()
         self._targets: dict[int, str] = {}
         self._device = DeviceInfo(
-            kind="cpu", model=processor_model(), arch=platform.machine(), uuid="cpu", sm_count=len(self._cores)
+            kind="cpu", model=processor_model(), arch=platform.machine(), uuid=name, sm_count=len(self.cores)
         )
 
     @property
@@ -55,9 +66,7 @@ class CpuPartitions:
         """Nothing to undo."""
 
     def plan(self, sm_percent: int, workers: int | None = None) -> list[Partition]:
-        """Give each worker its share of the cores, rounded down, at least one.
-
-        Cores that share a physical core go to the same worker where they can, because they slow each other down.
+        """Equal shares, see :meth:`plan_shares`.
 
         Args:
             sm_percent: Share of each worker, 1..100.
@@ -67,23 +76,37 @@ class CpuPartitions:
             UsageError: Out of range, or more than the processor has.
         """
         check_share(sm_percent, workers)
-        each = max(1, len(self._cores) * sm_percent // 100)
-        fitting = min(100 // sm_percent, len(self._cores) // each)
-        count = fitting if workers is None else workers
-        if count * sm_percent > 100:
-            raise UsageError(
-                f"{count} workers with {sm_percent} % each are {count * sm_percent} % of the processor: "
-                f"at most {100 // sm_percent} workers fit"
-            )
-        if count > fitting:
-            raise UsageError(
-                f"{count} workers with {sm_percent} % each need {count * each} cores, this process may use "
-                f"{len(self._cores)}: at most {fitting} workers fit"
-            )
-        return [self._partition(index, sm_percent, each) for index in range(count)]
+        fitting = min(100 // sm_percent, len(self.cores) // self._cores_of(sm_percent))
+        return self.plan_shares([sm_percent] * (fitting if workers is None else workers))
 
-    def _partition(self, index: int, sm_percent: int, cores: int) -> Partition:
-        affinity = self._cores[index * cores : (index + 1) * cores]
+    def plan_shares(self, shares: Sequence[int]) -> list[Partition]:
+        """Give each worker its share of the cores, rounded down, but at least one: a core is not divided.
+
+        So a share of less than one core is granted a whole one, and the SM count of its records says so. Cores that
+        share a physical core go to the same worker where they can, because they slow each other down.
+
+        Raises:
+            UsageError: Out of range, or more than the processor has without ``oversubscribe``.
+        """
+        check_sum(shares, self._oversubscribe)
+        counts = [self._cores_of(share) for share in shares]
+        if sum(counts) > len(self.cores) and not self._oversubscribe:
+            wanted = " + ".join(f"{share}" for share in shares)
+            raise UsageError(
+                f"the shares {wanted} need {sum(counts)} whole cores, {self._device.uuid} has {len(self.cores)}; "
+                "use fewer workers, or --oversubscribe at a loss of fidelity"
+            )
+        around = itertools.cycle(self.cores)  # once around, unless oversubscribed
+        return [
+            self._partition(index, share, tuple(itertools.islice(around, count)))
+            for index, (share, count) in enumerate(zip(shares, counts, strict=True))
+        ]
+
+    def _cores_of(self, sm_percent: int) -> int:
+        return max(1, len(self.cores) * sm_percent // 100)
+
+    def _partition(self, index: int, sm_percent: int, affinity: tuple[int, ...]) -> Partition:
+        cores = len(affinity)
         return Partition(
             index=index,
             device_uuid=self._device.uuid,
@@ -107,7 +130,8 @@ class CpuPartitions:
             UsageError: The percentage is out of range.
             TunerError: The process that knows LLVM could not be asked.
         """
-        cores = self.plan(sm_percent, 1)[0].expected_sm_count
+        check_share(sm_percent)
+        cores = self._cores_of(sm_percent)
         if cores not in self._targets:
             try:
                 child = await self._spawner.spawn("measure", {"device": "cpu:0"}, name="target")
@@ -135,7 +159,28 @@ class CpuPartitions:
     def spare_cores(self, partitions: Sequence[Partition]) -> list[int]:
         """Cores that no partition has."""
         taken = {core for partition in partitions for core in partition.affinity}
-        return sorted(set(self._cores) - taken)
+        return sorted(set(self.cores) - taken)
+
+
+def parse_cores(device: str) -> tuple[int, ...] | None:
+    """Cores that ``cpu:0,2-3`` names; None for ``cpu``, which means all.
+
+    Raises:
+        UsageError: It is no such list.
+    """
+    _, separator, listed = device.partition(":")
+    if not separator:
+        return None
+    cores: set[int] = set()
+    try:
+        for part in listed.split(","):
+            first, _, last = part.partition("-")
+            cores.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        cores.clear()
+    if not cores:
+        raise UsageError(f"--device {device}: wants cores as in cpu:0-3 or cpu:0,2")
+    return tuple(sorted(cores))
 
 
 def usable_cores() -> tuple[int, ...]:

@@ -36,15 +36,19 @@ class ExclusivePartitions:
     Args:
         gpu: The GPU.
         reason: Why no share can be granted, in one line; part of the refusal of every other share.
+        cores: Host cores for its worker, search and build; None: all that this process may use.
         probe: Command that reads the device's facts.
     """
 
     faults_spread = False
 
-    def __init__(self, gpu: GpuInfo, reason: str, *, probe: Sequence[str] = PROBE_COMMAND) -> None:
+    def __init__(
+        self, gpu: GpuInfo, reason: str, *, cores: Sequence[int] | None = None, probe: Sequence[str] = PROBE_COMMAND
+    ) -> None:
         self._gpu = gpu
         self._reason = reason
         self._probe = probe
+        self.cores = tuple(sorted(os.sched_getaffinity(0)) if cores is None else cores)
         self._facts: DeviceFacts | None = None
         self._lock: GpuLock | None = None
 
@@ -63,12 +67,14 @@ class ExclusivePartitions:
         return (f"one exclusive worker: {self._reason}",)
 
     async def start(self) -> None:
-        """Take the GPU and ask it what it is.
+        """Take the GPU and ask it what it is. A second call does nothing.
 
         Raises:
             ConflictError: Another server holds it.
             TunerError: It cannot be used.
         """
+        if self._lock is not None:
+            return
         self._lock = GpuLock(self._gpu.uuid)
         try:
             self._facts = await read_device_facts(self._env, self._probe)
@@ -93,11 +99,19 @@ class ExclusivePartitions:
             UsageError: Anything but one worker with 100 %.
         """
         check_share(sm_percent, workers)
-        if sm_percent != 100 or (workers or 1) != 1:
+        return self.plan_shares([sm_percent] * (workers or 1))
+
+    def plan_shares(self, shares: Sequence[int]) -> list[Partition]:
+        """The one partition.
+
+        Raises:
+            UsageError: Anything but one share of 100 %.
+        """
+        if list(shares) != [100]:
             raise UsageError(f"only one worker with 100 % of the GPU is on offer here: {self._reason}")
         if self._facts is None:
             raise TunerError("the GPU has not been started")
-        affinity, _ = host_cores(sorted(os.sched_getaffinity(0)), 1)
+        affinity, _ = host_cores(self.cores, 1)
         return [
             Partition(
                 index=0,
@@ -137,4 +151,4 @@ class ExclusivePartitions:
 
     def spare_cores(self, partitions: Sequence[Partition]) -> list[int]:
         """Host cores that no worker is pinned to."""
-        return host_cores(sorted(os.sched_getaffinity(0)), len(partitions))[1]
+        return host_cores(self.cores, len(partitions))[1]

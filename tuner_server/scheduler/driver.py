@@ -26,7 +26,7 @@ from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_core.store.interface import RecordStore
 from tuner_core.store.wire import workload_from_message
 from tuner_server.build.pool import Artifact
-from tuner_server.engine import Engine
+from tuner_server.lanes.lane import Lane
 from tuner_server.measure.requests import Measurement, MeasureRequest
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.committer import Committer
@@ -44,7 +44,7 @@ class JobRun:
 
     Args:
         facts: The job.
-        engine: Search, build and measurement.
+        engine: Search and build, and the workers of the job's share.
         store: For look-ups; commits go through ``committer``.
         elapsed_s: Time that earlier runs took.
         on_change: Called after every event, with a line for people or an empty string.
@@ -53,7 +53,7 @@ class JobRun:
     def __init__(
         self,
         facts: JobFacts,
-        engine: Engine,
+        engine: Lane,
         store: RecordStore,
         committer: Committer,
         elapsed_s: float,
@@ -121,10 +121,10 @@ class JobRun:
 
     async def _begin(self) -> None:
         engine, spec = self._engine, self.facts.spec
-        await engine.ensure_share(spec.sm_percent)
         self._base.target_json = engine.target_json
         self._base.sm_count = engine.sm_count
         self._base.device_model = engine.device.model
+        self._base.device_uuids[:] = engine.device_uuids
         self._base.tvm_version = engine.tvm_version
         self._machine.limits = engine.limits
         await self._committer.add_workloads(self._workloads)
@@ -231,7 +231,7 @@ class JobRun:
         try:
             with self._engine.gathering.building():
                 artifact = await self._engine.build.build(workload, wanted.trace, self._engine.target_json)
-            request = self._request(workload, artifact, wanted.give_up_above_us)
+            request = self._request(workload, artifact, self._machine.hopeless_above_us(wanted.task))
             try:
                 await self._engine.gathering.gathered()
                 measurement = await self._engine.fleet.measure(request)

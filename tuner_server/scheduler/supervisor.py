@@ -1,4 +1,4 @@
-"""All jobs of a server: taken in, written to the journal, run one after the other, watched, cancelled, resumed."""
+"""All jobs of a server: taken in, written to the journal, run in lanes, watched, cancelled, resumed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from tuner_core.errors import ConflictError, NotFoundError, TunerError, UsageError
-from tuner_core.model import JobState, target_digest
+from tuner_core.model import JobState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_core.store.interface import RecordStore
 from tuner_server.engine import Engine
+from tuner_server.lanes.lane import Lane
 from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.driver import JobRun
 from tuner_server.scheduler.journal import JobJournal
@@ -37,6 +38,7 @@ class _Job:
     status: tuning_pb2.JobStatus
     elapsed_s: float = 0.0
     run: JobRun | None = None
+    turn: asyncio.Task[None] | None = None
     cancel_wanted: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -49,7 +51,7 @@ class _Job:
 
 
 class JobSupervisor:
-    """Runs jobs in the order in which they came.
+    """Runs jobs in the order in which they came, those of different shares side by side where partitions allow it.
 
     Args:
         engine: Search, build and measurement.
@@ -123,14 +125,7 @@ class JobSupervisor:
                 raise ConflictError("this server is draining and takes no more jobs; use another --server")
             validate_spec(spec)
             await self._engine.start()
-            own_target = await self._engine.target_at(spec.sm_percent)
-            if not spec.target_json:
-                spec.target_json = own_target
-            elif target_digest(spec.target_json) != target_digest(own_target):
-                raise ConflictError(
-                    f"this server measures for the target {own_target}, not for {spec.target_json}; "
-                    "leave out --target, or use a server with that device"
-                )
+            spec.target_json = (await self._engine.offer(spec.sm_percent, spec.target_json)).target_json
             job_id = f"job-{secrets.token_hex(4)}"
             facts = JobFacts(job_id, spec, time.time(), self._instance)
             job = _Job(facts, queued_status(facts))
@@ -197,6 +192,8 @@ class JobSupervisor:
             await job.ended.wait()
         elif not job.state.ended or job.state is JobState.STOPPED:
             job.cancel_wanted = True
+            if job.turn is not None:
+                job.turn.cancel()
             self._set_state(job, JobState.CANCELLED, "cancelled")
             await self._write(job)
         return self._status(job)
@@ -221,14 +218,39 @@ class JobSupervisor:
     # Running
 
     async def _run_jobs(self) -> None:
+        turns: set[asyncio.Task[None]] = set()
         async with _committer(self._store) as committer:
-            while True:
-                job = self._jobs[await self._queue.get()]
-                if job.cancel_wanted or job.state.ended:
-                    continue
-                await self._run(job, committer)
+            try:
+                while True:
+                    job = self._jobs[await self._queue.get()]
+                    if job.cancel_wanted or job.state.ended:
+                        continue
+                    job.turn = asyncio.create_task(self._run_in_turn(job, committer))
+                    turns.add(job.turn)
+                    job.turn.add_done_callback(turns.discard)
+            finally:
+                for turn in turns:
+                    turn.cancel()
+                await asyncio.gather(*turns, return_exceptions=True)
 
-    async def _run(self, job: _Job, committer: Committer) -> None:
+    async def _run_in_turn(self, job: _Job, committer: Committer) -> None:
+        """Wait until there are partitions for the job, then run it."""
+        spec = job.facts.spec
+        self._set_state(job, JobState.QUEUED, f"waiting for partitions of {spec.sm_percent} %")
+        try:
+            async with self._engine.lane(spec.sm_percent, spec.target_json) as lane:
+                job.turn = None
+                await self._run(job, lane, committer)
+        except TunerError as problem:  # what goes wrong while it runs is dealt with there
+            log.error("%s cannot run: %s", job.facts.job, problem)
+            self._set_state(job, JobState.FAILED, str(problem))
+            await self._write(job)
+        except Exception:
+            log.exception("%s cannot run", job.facts.job)
+            self._set_state(job, JobState.FAILED, "internal error (see the server's log)")
+            await self._write(job)
+
+    async def _run(self, job: _Job, lane: Lane, committer: Committer) -> None:
         name = job.facts.job
 
         def changed(message: str) -> None:
@@ -241,7 +263,7 @@ class JobSupervisor:
                 writes[:] = [write for write in writes if not write.done()]
 
         writes: list[asyncio.Task[None]] = []
-        run = JobRun(job.facts, self._engine, self._store, committer, job.elapsed_s, changed)
+        run = JobRun(job.facts, lane, self._store, committer, job.elapsed_s, changed)
         job.ended.clear()
         self._set_state(job, JobState.RUNNING, "starting")
         job.run = run

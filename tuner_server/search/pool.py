@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuner_core.model import Workload
+from tuner_server.fairness import FairTurns
 from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchLost, SearchSettings
 
@@ -24,6 +25,7 @@ class _Slot:
     child: Child | None = None
     sessions: set[str] = field(default_factory=set)
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turns: FairTurns = field(default_factory=lambda: FairTurns(1))
 
 
 class SearchPool:
@@ -170,9 +172,9 @@ class SearchPool:
     async def _request(self, session: str, op: str, args: Mapping[str, Any]) -> dict[str, Any]:
         if session not in self._homes:
             raise SearchLost(f"session {session} is not open")
-        _slot, child = self._homes[session]
+        slot, child = self._homes[session]
         # shielded: cancelling a request kills its process, and with it the sessions of other tasks
-        work = asyncio.ensure_future(child.request(op, {"session": session, **args}, self._settings.timeout_s))
+        work = asyncio.ensure_future(self._in_turn(slot, child, op, {"session": session, **args}))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -186,6 +188,10 @@ class SearchPool:
         except (ChildDied, ChildTimeout) as error:
             self._lose(child)
             raise SearchLost(str(error)) from None
+
+    async def _in_turn(self, slot: _Slot, child: Child, op: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        async with slot.turns.turn():
+            return await child.request(op, args, self._settings.timeout_s)
 
     def _lose(self, child: Child) -> None:
         child.kill()

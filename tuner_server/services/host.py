@@ -32,34 +32,43 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         engine = self._engine
         await engine.start()
         share = request.sm_percent or engine.default_share
-        device = engine.device
+        offer = await engine.offer(share)
         response = pb.GetHostResponse(
             instance=self._instance,
             version=__version__,
             protocol=PROTOCOL,
             tvm_version=engine.tvm_version,
-            cuda_version=device.cuda_version,
+            cuda_version=offer.device.cuda_version,
             running_jobs=self._jobs.running(),
             draining=self._jobs.draining,
             store=self._store,
-            partition_kinds=[str(kind) for kind in engine.partition_kinds],
-            target_json=await engine.target_at(share),
-            sm_count=engine.sm_count_at(share),
+            partition_kinds=sorted({str(kind) for device in engine.devices for kind in device.provider.kinds_on_offer}),
+            target_json=offer.target_json,
+            sm_count=offer.sm_count,
+            sm_percent=share,
             trials_measured=self._jobs.trials_measured,
         )
-        response.devices.add(
-            kind=device.kind,
-            model=device.model,
-            arch=device.arch,
-            uuid=device.uuid,
-            sm_count=device.sm_count,
-            driver_version=device.driver_version,
-            target_json=await engine.target_at(100),
-        )
+        for device in engine.devices:
+            info = device.info
+            response.devices.add(
+                kind=info.kind,
+                model=info.model,
+                arch=info.arch,
+                uuid=info.uuid,
+                sm_count=info.sm_count,
+                driver_version=info.driver_version,
+                target_json=await device.provider.target_json(100),
+                name=device.name,
+                shares=device.configured,
+                present_shares=device.shares,
+                partition_kinds=[str(kind) for kind in device.provider.kinds_on_offer],
+                cuda_version=info.cuda_version,
+                notes=device.provider.describe(),
+            )
         for worker in engine.workers():
             response.workers.add(
                 index=worker.index,
-                device_uuid=device.uuid,
+                device_uuid=worker.device_uuid,
                 partition_kind=worker.kind,
                 sm_percent=worker.sm_percent,
                 sm_count_seen=worker.sm_count_seen,

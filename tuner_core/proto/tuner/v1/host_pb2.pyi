@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Device(_message.Message):
-    __slots__ = ("kind", "model", "arch", "uuid", "sm_count", "driver_version", "target_json")
+    __slots__ = ("kind", "model", "arch", "uuid", "sm_count", "driver_version", "target_json", "name", "shares", "present_shares", "partition_kinds", "cuda_version", "notes")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCH_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,12 @@ class Device(_message.Message):
     SM_COUNT_FIELD_NUMBER: _ClassVar[int]
     DRIVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     TARGET_JSON_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_SHARES_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_KINDS_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     kind: str
     model: str
     arch: str
@@ -22,7 +28,13 @@ class Device(_message.Message):
     sm_count: int
     driver_version: str
     target_json: str
-    def __init__(self, kind: _Optional[str] = ..., model: _Optional[str] = ..., arch: _Optional[str] = ..., uuid: _Optional[str] = ..., sm_count: _Optional[int] = ..., driver_version: _Optional[str] = ..., target_json: _Optional[str] = ...) -> None: ...
+    name: str
+    shares: _containers.RepeatedScalarFieldContainer[int]
+    present_shares: _containers.RepeatedScalarFieldContainer[int]
+    partition_kinds: _containers.RepeatedScalarFieldContainer[str]
+    cuda_version: str
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, kind: _Optional[str] = ..., model: _Optional[str] = ..., arch: _Optional[str] = ..., uuid: _Optional[str] = ..., sm_count: _Optional[int] = ..., driver_version: _Optional[str] = ..., target_json: _Optional[str] = ..., name: _Optional[str] = ..., shares: _Optional[_Iterable[int]] = ..., present_shares: _Optional[_Iterable[int]] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., cuda_version: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("index", "device_uuid", "partition_kind", "sm_percent", "sm_count_seen", "state", "pid", "affinity")
@@ -51,7 +63,7 @@ class GetHostRequest(_message.Message):
     def __init__(self, sm_percent: _Optional[int] = ...) -> None: ...
 
 class GetHostResponse(_message.Message):
-    __slots__ = ("instance", "version", "protocol", "tvm_version", "cuda_version", "devices", "workers", "running_jobs", "draining", "store", "partition_kinds", "target_json", "sm_count", "trials_measured")
+    __slots__ = ("instance", "version", "protocol", "tvm_version", "cuda_version", "devices", "workers", "running_jobs", "draining", "store", "partition_kinds", "target_json", "sm_count", "trials_measured", "sm_percent")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +78,7 @@ class GetHostResponse(_message.Message):
     TARGET_JSON_FIELD_NUMBER: _ClassVar[int]
     SM_COUNT_FIELD_NUMBER: _ClassVar[int]
     TRIALS_MEASURED_FIELD_NUMBER: _ClassVar[int]
+    SM_PERCENT_FIELD_NUMBER: _ClassVar[int]
     instance: str
     version: str
     protocol: str
@@ -80,7 +93,8 @@ class GetHostResponse(_message.Message):
     target_json: str
     sm_count: int
     trials_measured: int
-    def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., running_jobs: _Optional[_Iterable[str]] = ..., draining: bool = ..., store: _Optional[str] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., trials_measured: _Optional[int] = ...) -> None: ...
+    sm_percent: int
+    def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., running_jobs: _Optional[_Iterable[str]] = ..., draining: bool = ..., store: _Optional[str] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., trials_measured: _Optional[int] = ..., sm_percent: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

@@ -113,7 +113,7 @@ class TaskStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., workload_digest: _Optional[str] = ..., description: _Optional[str] = ..., weight: _Optional[int] = ..., trials: _Optional[int] = ..., reused: _Optional[int] = ..., failed: _Optional[int] = ..., baseline_latency_us: _Optional[float] = ..., best_latency_us: _Optional[float] = ..., verified: bool = ..., instance: _Optional[str] = ..., error: _Optional[str] = ..., best_trial_id: _Optional[str] = ..., op: _Optional[str] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("job", "model", "model_digest", "status", "target_json", "sm_percent", "sm_count", "tasks", "baseline_latency_us", "tuned_latency_us", "outputs_match", "trials_measured", "trials_failed", "trials_reused", "trials_budget", "elapsed_s", "trials_per_s", "created_at", "error", "team", "phase", "device_model", "tvm_version", "instance")
+    __slots__ = ("job", "model", "model_digest", "status", "target_json", "sm_percent", "sm_count", "tasks", "baseline_latency_us", "tuned_latency_us", "outputs_match", "trials_measured", "trials_failed", "trials_reused", "trials_budget", "elapsed_s", "trials_per_s", "created_at", "error", "team", "phase", "device_model", "tvm_version", "instance", "device_uuids")
     JOB_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,7 @@ class JobStatus(_message.Message):
     DEVICE_MODEL_FIELD_NUMBER: _ClassVar[int]
     TVM_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
     job: str
     model: str
     model_digest: str
@@ -162,7 +163,8 @@ class JobStatus(_message.Message):
     device_model: str
     tvm_version: str
     instance: str
-    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., status: _Optional[str] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., baseline_latency_us: _Optional[float] = ..., tuned_latency_us: _Optional[float] = ..., outputs_match: bool = ..., trials_measured: _Optional[int] = ..., trials_failed: _Optional[int] = ..., trials_reused: _Optional[int] = ..., trials_budget: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., trials_per_s: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., team: _Optional[str] = ..., phase: _Optional[str] = ..., device_model: _Optional[str] = ..., tvm_version: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+    device_uuids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., status: _Optional[str] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., baseline_latency_us: _Optional[float] = ..., tuned_latency_us: _Optional[float] = ..., outputs_match: bool = ..., trials_measured: _Optional[int] = ..., trials_failed: _Optional[int] = ..., trials_reused: _Optional[int] = ..., trials_budget: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., trials_per_s: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., team: _Optional[str] = ..., phase: _Optional[str] = ..., device_model: _Optional[str] = ..., tvm_version: _Optional[str] = ..., instance: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SubmitJobRequest(_message.Message):
     __slots__ = ("spec",)
