@@ -11,90 +11,18 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from tuner_core.allocation.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
 from tuner_core.allocation.gradient import gain_per_trial
-from tuner_core.model import FailureKind, JobState, TaskState
+from tuner_core.model import JobState, TaskState
 from tuner_server.scheduler import messages as m
+from tuner_server.scheduler import promotion, searching
+from tuner_server.scheduler.progress import Limits as Limits
+from tuner_server.scheduler.progress import TaskPlan as TaskPlan
+from tuner_server.scheduler.progress import TaskProgress
 
-HOPELESS_FACTOR = 1.5
-"""A candidate whose first sample is slower than this many times the best gets no more samples."""
-MAX_SESSION_LOSSES = 3
 WORTH_WAITING_FOR = 0.25
 """A free task that gains less than this share of what a busy one gains does not get its batch now."""
-
-
-@dataclass(frozen=True)
-class TaskPlan:
-    """A task as the job describes it."""
-
-    name: str
-    weight: int
-    tunable: bool
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is in flight.
-
-    Attributes:
-        batch: Candidates per batch.
-        batches_per_task: Batches in flight per task: generated, building or being measured.
-        batches_at_once: Batches in flight of all tasks together.
-        top_k: Candidates measured again at the end of a task.
-    """
-
-    batch: int = 16
-    batches_per_task: int = 2
-    batches_at_once: int = 4
-    top_k: int = 8
-
-
-@dataclass
-class _Batch:
-    asked: int
-    waiting: set[str] = field(default_factory=set)
-    results: list[m.KnownTrial] = field(default_factory=list)
-    generated: bool = False
-
-
-@dataclass
-class TaskProgress:
-    """What is known of one task; read by the status report, written by the machine only."""
-
-    plan: TaskPlan
-    state: TaskState = TaskState.PENDING
-    baseline_us: float | None = None
-    baseline_trace: str | None = None
-    best_us: float | None = None
-    best_trace: str | None = None
-    best_trial_id: str = ""
-    verified: bool = False
-    measured: int = 0
-    reused: int = 0
-    failures: Counter[FailureKind] = field(default_factory=Counter)
-    error: str = ""
-
-    results: dict[str, float] = field(default_factory=dict)
-    known: tuple[m.KnownTrial, ...] = ()
-    history_us: list[float] = field(default_factory=list)
-    batches: dict[int, _Batch] = field(default_factory=dict)
-    session_open: bool = False
-    session_losses: int = 0
-    exhausted: bool = False
-    new_trials: int = 0
-    chosen: bool = False
-    promoting: bool = False
-    promoted: list[m.KnownTrial] = field(default_factory=list)
-    kept: set[str] = field(default_factory=set)
-    published: m.KnownTrial | None = None
-    published_is_fallback: bool = False
-
-    @property
-    def failed(self) -> int:
-        """Trials of this job that failed."""
-        return sum(self.failures.values())
 
 
 class JobMachine:
@@ -107,7 +35,7 @@ class JobMachine:
     """
 
     def __init__(self, tasks: Sequence[TaskPlan], trials: int, limits: Limits) -> None:
-        self.tasks = [TaskProgress(plan) for plan in tasks]
+        self.tasks = [TaskProgress(index, plan) for index, plan in enumerate(tasks)]
         self.limits = limits
         self.trials = trials
         self.unassigned = 0
@@ -135,20 +63,21 @@ class JobMachine:
                 self.tasks[event.task].error = f"the fallback schedule failed: {event.message}"
                 self._baselines_missing.discard(event.task)
             case m.CandidatesReady():
-                self._candidates(event, out)
+                task = self.tasks[event.task]
+                self.unassigned += searching.take_candidates(task, event.batch, event.traces, out)
             case m.CannotSample():
-                self._cannot_sample(event, out)
+                self.unassigned += searching.cannot_sample(self.tasks[event.task], event, out)
             case m.SessionLost():
-                self._session_lost(event, out)
+                self.unassigned += searching.session_lost(self.tasks[event.task], event, out)
             case m.TrialMeasured():
-                self._trial(event.task, event.batch, m.KnownTrial(event.trace, event.median_us), out)
+                self._trial(event, event.median_us, out)
             case m.TrialFailed():
                 self.tasks[event.task].failures[event.kind] += 1
-                self._trial(event.task, event.batch, m.KnownTrial(event.trace, None), out)
+                self._trial(event, None, out)
             case m.Promoted():
-                self._promoted(event, out)
+                promotion.take_promoted(self.tasks[event.task], event, out)
             case m.Checked():
-                self._checked(event, out)
+                promotion.take_checked(self.tasks[event.task], event, out)
             case m.ModelMeasured():
                 self.model = event
                 self._finish(out)
@@ -177,7 +106,7 @@ class JobMachine:
                 continue
             task.known = have.trials
             task.results = {trial.trace: trial.median_us for trial in have.trials if trial.median_us is not None}
-            task.kept = set(self._ranked(task)[: self.limits.top_k])
+            task.kept = set(task.ranked()[: self.limits.top_k])
             task.measured = have.own
             task.failures = Counter(have.own_failed)
             task.reused = len(have.trials) - have.own
@@ -194,10 +123,12 @@ class JobMachine:
             out.append(m.Say(f"the store holds {reused} trials of these operators; {self.unassigned} new ones follow"))
 
     def _baseline(self, index: int, trial: m.KnownTrial) -> None:
-        task = self.tasks[index]
-        task.baseline_us = trial.median_us
-        task.baseline_trace = trial.trace
+        searching.take_baseline(self.tasks[index], trial)
         self._baselines_missing.discard(index)
+
+    def _trial(self, event: m.TrialMeasured | m.TrialFailed, median_us: float | None, out: list[m.Instruction]) -> None:
+        trial = m.KnownTrial(event.trace, median_us)
+        searching.take_trial(self.tasks[event.task], event.batch, trial, self.limits.top_k, out)
 
     def _choose(self, out: list[m.Instruction]) -> bool:
         """Decide which tasks get trials; False while that still waits for baselines."""
@@ -273,17 +204,10 @@ class JobMachine:
             index = self._next_task()
             if index is None:
                 return
-            task = self.tasks[index]
-            if not task.session_open:
-                task.session_open = True
-                task.state = TaskState.RUNNING
-                out.append(m.OpenSession(index, self._all_known(task)))
             count = min(self.limits.batch, self.unassigned - self._reserved(index))
-            batch = next(self._batch_ids)
-            task.batches[batch] = _Batch(count)
-            task.new_trials += count
+            self.tasks[index].state = TaskState.RUNNING
+            searching.ask(self.tasks[index], next(self._batch_ids), count, out)
             self.unassigned -= count
-            out.append(m.Generate(index, batch, count))
 
     def _next_task(self) -> int | None:
         """The task that gets the next batch: first those that have none yet, then by the gradient.
@@ -339,85 +263,14 @@ class JobMachine:
             history = [start] * (len(task.known) + task.new_trials + 1)
         return gain_per_trial(task.plan.weight, history)
 
-    def _all_known(self, task: TaskProgress) -> tuple[m.KnownTrial, ...]:
-        fresh = {trial.trace for trial in task.known}
-        return task.known + tuple(m.KnownTrial(t, us) for t, us in task.results.items() if t not in fresh)
+    def hopeless_above_us(self, index: int) -> float | None:
+        """Latency above which a candidate of a task needs only a glance; None while there is nothing to compare with.
 
-    def _candidates(self, event: m.CandidatesReady, out: list[m.Instruction]) -> None:
-        task = self.tasks[event.task]
-        batch = task.batches[event.batch]
-        batch.generated = True
-        batch.waiting = set(event.traces)
-        missing = batch.asked - len(batch.waiting)
-        self.unassigned += missing
-        task.new_trials -= missing
-        if not event.traces:
-            task.exhausted = True
-            del task.batches[event.batch]
-            return
-        give_up = HOPELESS_FACTOR * task.best_us if task.best_us is not None and len(task.results) >= 8 else None
-        out.extend(m.RunTrial(event.task, event.batch, trace, give_up) for trace in event.traces)
-
-    def _cannot_sample(self, event: m.CannotSample, out: list[m.Instruction]) -> None:
-        task = self.tasks[event.task]
-        batch = task.batches.pop(event.batch)
-        self.unassigned += batch.asked
-        task.new_trials -= batch.asked
-        task.exhausted = True
-        if not task.results:
-            task.error = f"cannot sample: {event.reason}"
-        out.append(m.Say(f"{task.plan.name}: {event.reason}; it takes the best schedule known so far"))
-
-    def _session_lost(self, event: m.SessionLost, out: list[m.Instruction]) -> None:
-        task = self.tasks[event.task]
-        task.session_open = False
-        task.session_losses += 1
-        if event.batch is not None and event.batch in task.batches and not task.batches[event.batch].generated:
-            batch = task.batches.pop(event.batch)
-            self.unassigned += batch.asked
-            task.new_trials -= batch.asked
-        if task.session_losses >= MAX_SESSION_LOSSES:
-            task.exhausted = True
-            task.error = f"its search process ended {task.session_losses} times: {event.reason}"
-            out.append(m.Say(f"{task.plan.name}: {task.error}"))
-
-    def _trial(self, index: int, batch_id: int, trial: m.KnownTrial, out: list[m.Instruction]) -> None:
+        Asked for when the candidate is about to be measured, which may be long after it was proposed.
+        """
         task = self.tasks[index]
-        batch = task.batches[batch_id]
-        batch.waiting.discard(trial.trace)
-        batch.results.append(trial)
-        task.measured += 1
-        if not task.history_us:
-            before = task.baseline_us if task.baseline_us is not None else trial.median_us
-            if task.known and task.best_us is not None:
-                task.history_us = [task.best_us] * (len(task.known) + 1)
-            elif before is not None:
-                task.history_us = [before]
-        if trial.median_us is None:
-            out.append(m.Forget(index, (trial.trace,)))
-        else:
-            task.results[trial.trace] = trial.median_us
-            if task.best_us is None or trial.median_us < task.best_us:
-                task.best_us = trial.median_us
-            self._keep_best(index, trial.trace, out)
-        if task.history_us:
-            best = task.history_us[-1]
-            task.history_us.append(best if trial.median_us is None else min(best, trial.median_us))
-        if batch.generated and not batch.waiting:
-            del task.batches[batch_id]
-            if task.session_open:
-                out.append(m.Report(index, tuple(batch.results)))
-
-    def _ranked(self, task: TaskProgress) -> list[str]:
-        return sorted(task.results, key=lambda trace: (task.results[trace], trace))
-
-    def _keep_best(self, index: int, newest: str, out: list[m.Instruction]) -> None:
-        task = self.tasks[index]
-        task.kept.add(newest)
-        if len(task.kept) > self.limits.top_k:
-            worst = max(task.kept, key=lambda trace: (task.results[trace], trace))
-            task.kept.discard(worst)
-            out.append(m.Forget(index, (worst,)))
+        known = [us for us in (task.best_us, task.baseline_us) if us is not None]
+        return HOPELESS_FACTOR * min(known) if known else None
 
     # Promotion
 
@@ -428,88 +281,15 @@ class JobMachine:
                 continue
             if self.unassigned > 0 and task.chosen and not task.exhausted:
                 continue  # it may get more
-            if task.session_open:
-                task.session_open = False
-                out.append(m.CloseSession(index))
-            self._promote(index, out)
+            searching.close_session(task, out)
+            self._conclude(task, out)
 
-    def _promote(self, index: int, out: list[m.Instruction]) -> None:
-        task = self.tasks[index]
-        if task.published is not None and task.new_trials == 0:
-            task.state = TaskState.FALLBACK if task.published_is_fallback else TaskState.REUSED
-            task.best_us, task.best_trace, task.verified = task.published.median_us, task.published.trace, True
+    def _conclude(self, task: TaskProgress, out: list[m.Instruction]) -> None:
+        if task.published is None or task.new_trials:
+            promotion.begin(task, self.limits.top_k, out)
             return
-        candidates = self._ranked(task)[: self.limits.top_k]
-        if not candidates:
-            self._without_candidate(task)
-            return
-        if task.published is not None and task.published.trace not in candidates:
-            candidates.append(task.published.trace)
-        if task.baseline_trace is not None:
-            candidates.append(task.baseline_trace)
-        task.promoting = True
-        task.state = TaskState.RUNNING
-        out.append(m.Promote(index, tuple(candidates)))
-
-    def _without_candidate(self, task: TaskProgress) -> None:
-        task.best_us = task.baseline_us
-        if task.failed >= MIN_TRIALS or task.baseline_us is None:
-            task.state = TaskState.FAILED
-            kinds = ", ".join(f"{count} {kind}" for kind, count in task.failures.most_common())
-            task.error = task.error or f"no valid candidate in {task.measured} trials ({kinds or 'none measured'})"
-        else:
-            task.state = TaskState.FALLBACK
-            task.error = task.error or f"no valid candidate in {task.measured} trials"
-
-    def _promoted(self, event: m.Promoted, out: list[m.Instruction]) -> None:
-        task = self.tasks[event.task]
-        for trial in event.results:
-            if trial.trace == task.baseline_trace and trial.median_us is not None:
-                task.baseline_us = trial.median_us
-        measured = [trial for trial in event.results if trial.median_us is not None]
-        task.promoted = sorted(measured, key=lambda trial: trial.median_us or 0.0)
-        self._check_next(event.task, out)
-
-    def _check_next(self, index: int, out: list[m.Instruction]) -> None:
-        task = self.tasks[index]
-        if not task.promoted:
-            task.state = TaskState.FAILED
-            task.best_us = task.baseline_us
-            task.promoting = False
-            task.error = task.error or "no candidate passed promotion"
-            self._drop_artifacts(index, out)
-            return
-        best = task.promoted[0]
-        out.append(m.Check(index, best.trace, best.median_us or 0.0, fallback=best.trace == task.baseline_trace))
-
-    def _checked(self, event: m.Checked, out: list[m.Instruction]) -> None:
-        task = self.tasks[event.task]
-        winner = task.promoted.pop(0)
-        if event.verdict == "ok":
-            task.best_us, task.best_trace, task.verified = winner.median_us, winner.trace, True
-            task.best_trial_id = event.trial_id
-            task.state = TaskState.FALLBACK if winner.trace == task.baseline_trace else TaskState.TUNED
-            task.error = ""
-        elif event.verdict == "inconclusive":
-            task.state = TaskState.FALLBACK
-            task.best_us = task.baseline_us
-            task.error = f"correctness is inconclusive, so nothing was published: {event.message}"
-            out.append(m.Say(f"{task.plan.name}: {task.error}"))
-        else:
-            if event.verdict == "wrong_result":
-                task.failures[FailureKind.WRONG_RESULT] += 1
-            task.error = event.message
-            out.append(m.Say(f"{task.plan.name}: a candidate was rejected: {event.message}"))
-            self._check_next(event.task, out)
-            return
-        task.promoting = False
-        self._drop_artifacts(event.task, out)
-
-    def _drop_artifacts(self, index: int, out: list[m.Instruction]) -> None:
-        task = self.tasks[index]
-        traces = tuple(task.kept) + ((task.baseline_trace,) if task.baseline_trace is not None else ())
-        task.kept = set()
-        out.append(m.Forget(index, traces))
+        task.state = TaskState.FALLBACK if task.published_is_fallback else TaskState.REUSED
+        task.best_us, task.best_trace, task.verified = task.published.median_us, task.published.trace, True
 
     # End
 

@@ -188,16 +188,11 @@ class Generate:
 
 @dataclass(frozen=True)
 class RunTrial:
-    """Build, measure and store one candidate.
-
-    Attributes:
-        give_up_above_us: A candidate slower than this in its first sample needs no more samples.
-    """
+    """Build, measure and store one candidate."""
 
     task: int
     batch: int
     trace: str = field(repr=False)
-    give_up_above_us: float | None = None
 
 
 @dataclass(frozen=True)
