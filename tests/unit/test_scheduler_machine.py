@@ -321,10 +321,10 @@ def test_what_is_hopeless_is_judged_against_the_best_known_at_that_moment() -> N
     machine = machine_for([TaskPlan("a", 1, True)], 64, batch=8)
     (baseline, *_) = machine.handle(m.Started({}))
     assert isinstance(baseline, m.MeasureBaseline)
-    assert machine.hopeless_above_us(0) is None
+    assert machine.tasks[0].hopeless_above_us is None
     machine.handle(m.BaselineMeasured(0, "fallback", 100.0))
-    assert machine.hopeless_above_us(0) == pytest.approx(150.0)  # the fallback schedule counts as a schedule
+    assert machine.tasks[0].hopeless_above_us == pytest.approx(150.0)  # the fallback schedule counts as a schedule
     (run, *_) = machine.handle(m.CandidatesReady(0, 0, ("t0c0", "t0c1")))
     assert isinstance(run, m.RunTrial)
     machine.handle(m.TrialMeasured(0, 0, "t0c0", 40.0))
-    assert machine.hopeless_above_us(0) == pytest.approx(60.0)
+    assert machine.tasks[0].hopeless_above_us == pytest.approx(60.0)

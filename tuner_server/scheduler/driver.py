@@ -231,7 +231,7 @@ class JobRun:
         try:
             with self._engine.gathering.building():
                 artifact = await self._engine.build.build(workload, wanted.trace, self._engine.target_json)
-            request = self._request(workload, artifact, self._machine.hopeless_above_us(wanted.task))
+            request = self._request(workload, artifact, self._machine.tasks[wanted.task].hopeless_above_us)
             try:
                 await self._engine.gathering.gathered()
                 measurement = await self._engine.fleet.measure(request)

@@ -263,15 +263,6 @@ class JobMachine:
             history = [start] * (len(task.known) + task.new_trials + 1)
         return gain_per_trial(task.plan.weight, history)
 
-    def hopeless_above_us(self, index: int) -> float | None:
-        """Latency above which a candidate of a task needs only a glance; None while there is nothing to compare with.
-
-        Asked for when the candidate is about to be measured, which may be long after it was proposed.
-        """
-        task = self.tasks[index]
-        known = [us for us in (task.best_us, task.baseline_us) if us is not None]
-        return HOPELESS_FACTOR * min(known) if known else None
-
     # Promotion
 
     def _end_tasks(self, out: list[m.Instruction]) -> None:

@@ -1,0 +1,106 @@
+"""What a scheduler knows of its tasks. Written by the state machines only; read by reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tuner_core.model import FailureKind, TaskState
+from tuner_server.scheduler import messages as m
+
+HOPELESS_FACTOR = 1.5
+"""A candidate whose first sample is slower than this many times the best gets no more samples."""
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """A task as the job describes it."""
+
+    name: str
+    weight: int
+    tunable: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is in flight.
+
+    Attributes:
+        batch: Candidates per batch.
+        batches_per_task: Batches in flight per task: generated, building or being measured.
+        batches_at_once: Batches in flight of all tasks together.
+        top_k: Candidates measured again at the end of a task.
+    """
+
+    batch: int = 16
+    batches_per_task: int = 2
+    batches_at_once: int = 4
+    top_k: int = 8
+
+
+@dataclass
+class Batch:
+    """Candidates that were asked for together; ``lease`` is the token that paid for them, if there are leases."""
+
+    asked: int
+    lease: int = 0
+    waiting: set[str] = field(default_factory=set)
+    results: list[m.KnownTrial] = field(default_factory=list)
+    generated: bool = False
+
+
+@dataclass
+class TaskProgress:
+    """One task."""
+
+    index: int
+    plan: TaskPlan
+    state: TaskState = TaskState.PENDING
+    baseline_us: float | None = None
+    baseline_trace: str | None = None
+    best_us: float | None = None
+    best_trace: str | None = None
+    best_trial_id: str = ""
+    verified: bool = False
+    measured: int = 0
+    reused: int = 0
+    failures: Counter[FailureKind] = field(default_factory=Counter)
+    error: str = ""
+
+    results: dict[str, float] = field(default_factory=dict)
+    known: tuple[m.KnownTrial, ...] = ()
+    history_us: list[float] = field(default_factory=list)
+    batches: dict[int, Batch] = field(default_factory=dict)
+    session_open: bool = False
+    session_losses: int = 0
+    exhausted: bool = False
+    new_trials: int = 0
+    chosen: bool = False
+    promoting: bool = False
+    promoted: list[m.KnownTrial] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
+    published: m.KnownTrial | None = None
+    published_is_fallback: bool = False
+
+    @property
+    def failed(self) -> int:
+        """Trials of this job that failed."""
+        return sum(self.failures.values())
+
+    @property
+    def hopeless_above_us(self) -> float | None:
+        """Latency above which a candidate needs only a glance; None while there is nothing to compare with.
+
+        Asked for when the candidate is about to be measured, which may be long after it was proposed.
+        """
+        known = [us for us in (self.best_us, self.baseline_us) if us is not None]
+        return HOPELESS_FACTOR * min(known) if known else None
+
+    def ranked(self) -> list[str]:
+        """Traces of all valid trials, the fastest first."""
+        return sorted(self.results, key=lambda trace: (self.results[trace], trace))
+
+    def all_known(self) -> tuple[m.KnownTrial, ...]:
+        """Trials that a search starts from: those of the store, then those measured since."""
+        stored = {trial.trace for trial in self.known}
+        return self.known + tuple(m.KnownTrial(t, us) for t, us in self.results.items() if t not in stored)

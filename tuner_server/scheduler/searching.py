@@ -1,0 +1,118 @@
+"""How a task is searched: sessions, batches and their trials. Pure steps of the state machines."""
+
+from __future__ import annotations
+
+from tuner_server.scheduler import messages as m
+from tuner_server.scheduler.progress import Batch, TaskProgress
+
+MAX_SESSION_LOSSES = 3
+
+
+def take_baseline(task: TaskProgress, baseline: m.KnownTrial) -> None:
+    """The fallback schedule's latency is known."""
+    task.baseline_us = baseline.median_us
+    task.baseline_trace = baseline.trace
+
+
+def ask(task: TaskProgress, batch_id: int, count: int, out: list[m.Instruction], lease: int = 0) -> None:
+    """Ask for a batch of candidates, from a session that is opened at need."""
+    if not task.session_open:
+        task.session_open = True
+        out.append(m.OpenSession(task.index, task.all_known()))
+    task.batches[batch_id] = Batch(count, lease)
+    task.new_trials += count
+    out.append(m.Generate(task.index, batch_id, count))
+
+
+def take_candidates(task: TaskProgress, batch_id: int, traces: tuple[str, ...], out: list[m.Instruction]) -> int:
+    """Have a batch's candidates built and measured.
+
+    Returns:
+        Trials that were asked for in vain.
+    """
+    batch = task.batches[batch_id]
+    batch.generated = True
+    batch.waiting = set(traces)
+    missing = batch.asked - len(batch.waiting)
+    task.new_trials -= missing
+    if not traces:
+        task.exhausted = True
+        del task.batches[batch_id]
+        return missing
+    out.extend(m.RunTrial(task.index, batch_id, trace) for trace in traces)
+    return missing
+
+
+def cannot_sample(task: TaskProgress, event: m.CannotSample, out: list[m.Instruction]) -> int:
+    """The space holds nothing more. Returns: trials that were asked for in vain."""
+    batch = task.batches.pop(event.batch)
+    task.new_trials -= batch.asked
+    task.exhausted = True
+    if not task.results:
+        task.error = f"cannot sample: {event.reason}"
+    out.append(m.Say(f"{task.plan.name}: {event.reason}; it takes the best schedule known so far"))
+    return batch.asked
+
+
+def session_lost(task: TaskProgress, event: m.SessionLost, out: list[m.Instruction]) -> int:
+    """The search's process ended; it is opened again a few times. Returns: trials that were asked for in vain."""
+    lost = 0
+    task.session_open = False
+    task.session_losses += 1
+    if event.batch is not None and event.batch in task.batches and not task.batches[event.batch].generated:
+        lost = task.batches.pop(event.batch).asked
+        task.new_trials -= lost
+    if task.session_losses >= MAX_SESSION_LOSSES:
+        task.exhausted = True
+        task.error = f"its search process ended {task.session_losses} times: {event.reason}"
+        out.append(m.Say(f"{task.plan.name}: {task.error}"))
+    return lost
+
+
+def take_trial(task: TaskProgress, batch_id: int, trial: m.KnownTrial, top_k: int, out: list[m.Instruction]) -> None:
+    """A trial was measured, or failed; the search learns of it when its batch is complete."""
+    batch = task.batches[batch_id]
+    batch.waiting.discard(trial.trace)
+    batch.results.append(trial)
+    task.measured += 1
+    if not task.history_us:
+        before = task.baseline_us if task.baseline_us is not None else trial.median_us
+        if task.known and task.best_us is not None:
+            task.history_us = [task.best_us] * (len(task.known) + 1)
+        elif before is not None:
+            task.history_us = [before]
+    if trial.median_us is None:
+        out.append(m.Forget(task.index, (trial.trace,)))
+    else:
+        task.results[trial.trace] = trial.median_us
+        if task.best_us is None or trial.median_us < task.best_us:
+            task.best_us = trial.median_us
+        _keep_best(task, trial.trace, top_k, out)
+    if task.history_us:
+        best = task.history_us[-1]
+        task.history_us.append(best if trial.median_us is None else min(best, trial.median_us))
+    report_if_complete(task, batch_id, out)
+
+
+def report_if_complete(task: TaskProgress, batch_id: int, out: list[m.Instruction]) -> None:
+    """Tell the search how a batch came out, once nothing of it is under way any more."""
+    batch = task.batches[batch_id]
+    if batch.generated and not batch.waiting:
+        del task.batches[batch_id]
+        if task.session_open and batch.results:
+            out.append(m.Report(task.index, tuple(batch.results)))
+
+
+def close_session(task: TaskProgress, out: list[m.Instruction]) -> None:
+    """End the task's search, if there is one."""
+    if task.session_open:
+        task.session_open = False
+        out.append(m.CloseSession(task.index))
+
+
+def _keep_best(task: TaskProgress, newest: str, top_k: int, out: list[m.Instruction]) -> None:
+    task.kept.add(newest)
+    if len(task.kept) > top_k:
+        worst = max(task.kept, key=lambda trace: (task.results[trace], trace))
+        task.kept.discard(worst)
+        out.append(m.Forget(task.index, (worst,)))
