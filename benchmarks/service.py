@@ -160,7 +160,7 @@ def tune_with_service(
         )
         report = client.watch(submitted.job)
         tuning_to = time.time()
-        records = tuple(client.records(RecordFilter(job=submitted.job, include_failed=True)))
+        records = tuple(client.query(RecordFilter(job=submitted.job, include_failed=True)))
     return ServiceRun(server.launched_at, tuning_from, tuning_to, report, records)
 
 

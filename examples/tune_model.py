@@ -29,7 +29,7 @@ def main() -> None:
                 print(f"  {task.speedup:5.2f}x  {task.best_latency_us:9.1f} us  {task.description}")
 
         # Anybody's records, not only this job's: has someone tuned a depthwise convolution for this device already?
-        for record in client.query(RecordFilter(op="depthwise_conv2d", verified_only=True), limit=5).records:
+        for record in client.query(RecordFilter(op="depthwise_conv2d", verified_only=True), limit=5):
             print(f"{record.median_us:9.1f} us  {record.description}  ({record.model}, {record.sm_count} SMs or cores)")
 
 

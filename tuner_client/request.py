@@ -146,7 +146,7 @@ def parse_target(text: str) -> str | None:
     return canonical_json(target)
 
 
-def parse_tags(texts: Sequence[str]) -> dict[str, str]:
+def parse_tags(texts: Sequence[str], flag: str = "--tag ") -> dict[str, str]:
     """Tags from ``KEY=VALUE`` texts.
 
     Raises:
@@ -156,6 +156,6 @@ def parse_tags(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UsageError(f"--tag '{text}' must be KEY=VALUE")
+            raise UsageError(f"{flag}'{text}' must be KEY=VALUE")
         tags[key] = value
     return tags

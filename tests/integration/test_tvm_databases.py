@@ -280,7 +280,7 @@ class TestExport:
         bring_in(stock, store, sm_count=2, sm_percent=100)
         bring_in(stock, store, device=dataclasses.replace(DEVICE, model="Intel Xeon"))
         bring_in(stock, store, target_json=SHORT_TARGET)
-        report = export_folder(tmp_path / "out", store, RecordFilter())
+        report = export_folder(tmp_path / "out", store, RecordFilter(), split=True)
         assert report.records == 12
         assert len(report.folders) == 4
         for folder in report.folders:
@@ -292,6 +292,19 @@ class TestExport:
             record.key for record in store.query(RecordFilter()).records
         }
         other.close()
+
+    def test_what_one_database_cannot_tell_apart_goes_into_one_only_on_request(
+        self, stock: Stock, store: RecordStore, tmp_path: Path
+    ) -> None:
+        bring_in(stock, store)
+        bring_in(stock, store, sm_count=2, sm_percent=100)
+        with pytest.raises(UsageError, match=r"with [12] SMs .* with [12] SMs .*--split") as caught:
+            export_folder(tmp_path / "out", store, RecordFilter())
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+        assert export_folder(tmp_path / "out", store, RecordFilter(sm_count=2)).folders == (tmp_path / "out",)
+        (only,) = export_folder(tmp_path / "each", store, RecordFilter(sm_count=2), split=True).folders
+        assert only.parent == tmp_path / "each"
 
     def test_a_folder_that_holds_a_database_is_left_alone(
         self, stock: Stock, store: RecordStore, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ def fail(error: Exception, arguments: Sequence[str]) -> int:
         text = f"internal error: {type(error).__name__}: {what} (traceback in {log_path(data_dir)}, or with --debug)"
         code = ExitCode.FAILED
     click.echo(f"error: {text}", err=True)
-    if "--json" in arguments:
+    if _wants_json(arguments):
         print_document({"status": "failed", "error": text, "exit_code": int(code)})
     return int(code)
 
@@ -51,9 +52,14 @@ def fail(error: Exception, arguments: Sequence[str]) -> int:
 def interrupted(arguments: Sequence[str]) -> int:
     """Ctrl-C before there was a job, or in a command without one."""
     click.echo("interrupted", err=True)
-    if "--json" in arguments:
+    if _wants_json(arguments):
         print_document({"status": "cancelled", "error": "interrupted", "exit_code": INTERRUPTED})
     return INTERRUPTED
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    formats = [after for name, after in itertools.pairwise(arguments) if name == "--format"]
+    return "--json" in arguments or "--format=json" in arguments or "json" in formats
 
 
 def _data_dir(arguments: Sequence[str]) -> Path:

@@ -30,6 +30,7 @@ _COMMANDS = {  # name: (module, one-line help, so that a list of commands import
     "logs": ("upkeep", "Show records as they come."),
     "stats": ("upkeep", "Counts and coverage of the store."),
     "prune": ("upkeep", "Delete old records."),
+    "tag": ("upkeep", "Set tags of a record."),
 }
 
 

@@ -115,6 +115,11 @@ class Session:
             self._out.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
         self._out.flush()
 
+    def reserve_stdout(self) -> None:
+        """Keep standard output for data from now on, as ``--json`` does."""
+        self.as_json = True
+        self._out = _duplicate(sys.stderr)
+
     def close_view(self) -> None:
         """Take a live view off the terminal."""
         close = getattr(self.progress, "close", None)

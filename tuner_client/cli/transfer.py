@@ -33,17 +33,19 @@ def _document(report: Any) -> dict[str, Any]:
 
 @click.command("export", epilog="Example: tuner-client export ./database --verified --sm-percent 25")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--split", is_flag=True, help="A folder in DIR for each target, device and SM count.")
 @filter_options
 @session_options
-def export_command(session: Session, folder: Path, where: RecordFilter) -> None:
-    """Write records to DIR as stock TVM's ms.database.JSONDatabase reads them.
+def export_command(session: Session, folder: Path, where: RecordFilter, split: bool) -> None:
+    """Write valid records to DIR as stock TVM's ms.database.JSONDatabase reads them.
 
-    One target, device and SM count for each folder: DIR itself when there is one, else a folder in DIR for each.
+    Stock look-ups ignore target and share, so DIR takes records of one target, device and SM count: choose them with
+    --device and --sm-count, or use --split.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is not a directory")
     with session.client() as client:
-        report = client.export_records(folder, where)
+        report = client.export_records(folder, where, split=split)
     if session.as_json:
         print_document(_document(report))
     else:

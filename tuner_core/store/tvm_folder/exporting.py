@@ -34,19 +34,20 @@ class ExportReport:
         return f"exported {self.records} records of {self.workloads} operators to {where}"
 
 
-def export_folder(path: str | Path, store: RecordStore, where: RecordFilter) -> ExportReport:
+def export_folder(path: str | Path, store: RecordStore, where: RecordFilter, *, split: bool = False) -> ExportReport:
     """Write the valid records that match, so that stock ``JSONDatabase`` opens and applies them.
 
-    Stock look-ups ignore the target, so a folder holds one target, device, SM count and TVM version: ``path`` itself
-    where the records have only one, else a folder in ``path`` for each. Files appear when all is written.
+    Stock look-ups ignore the target, so a folder holds one target, device, SM count and TVM version. Files appear when
+    all is written.
 
     Args:
         path: Made when missing.
         store: Where the records come from.
         where: Which records; failed ones are never written.
+        split: Write a folder in ``path`` for each target, device, SM count and TVM version.
 
     Raises:
-        UsageError: ``path`` holds a database already.
+        UsageError: ``path`` holds a database already; or the records have several of these and ``split`` is not set.
         TunerError: It cannot be written.
     """
     folder = Path(path)
@@ -57,11 +58,11 @@ def export_folder(path: str | Path, store: RecordStore, where: RecordFilter) -> 
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
         try:
-            report = _write_all(folder, scratch, store, where)
+            report = _write_all(folder, scratch, store, where, split)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        if made and not report.folders:
-            folder.rmdir()
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
         return report
     except OSError as error:
         raise TunerError(
@@ -69,7 +70,7 @@ def export_folder(path: str | Path, store: RecordStore, where: RecordFilter) -> 
         ) from None
 
 
-def _write_all(folder: Path, scratch: Path, store: RecordStore, where: RecordFilter) -> ExportReport:
+def _write_all(folder: Path, scratch: Path, store: RecordStore, where: RecordFilter, split: bool) -> ExportReport:
     exports: dict[tuple[str, str, int, str], _Export] = {}
     digests: set[str] = set()
     count = 0
@@ -77,6 +78,12 @@ def _write_all(folder: Path, scratch: Path, store: RecordStore, where: RecordFil
         for record in _records(store, where):
             key = (record.target_digest, record.device_model, record.sm_count, record.tvm_version)
             if key not in exports:
+                if exports and not split:
+                    first = next(iter(exports.values())).first
+                    raise UsageError(
+                        f"the records are of {_place(first)} and of {_place(record)}, and one TVM database cannot "
+                        "tell them apart: choose by --device, --sm-count or --sm-percent, or --split for a folder each"
+                    )
                 name = _folder_name(record)
                 if (scratch / name).exists():  # two devices whose names differ in signs only
                     name = f"{name}-{len(exports)}"
@@ -86,7 +93,7 @@ def _write_all(folder: Path, scratch: Path, store: RecordStore, where: RecordFil
             count += 1
     folders = []
     for export in exports.values():
-        if len(exports) == 1:
+        if not split:
             for file in sorted(export.folder.iterdir()):
                 file.rename(folder / file.name)
             folders.append(folder)
@@ -105,6 +112,13 @@ def _records(store: RecordStore, where: RecordFilter) -> Iterator[Record]:
             return
 
 
+def _place(record: Record) -> str:
+    kind = json.loads(record.target_json).get("kind", "target")
+    version = "" if record.tvm_version == TVM_VERSION else f", TVM {record.tvm_version}"
+    target = f"target {kind} {record.target_digest[:8]}"
+    return f"{record.device_model} with {record.sm_count} SMs ({target}{version})"
+
+
 def _folder_name(record: Record) -> str:
     kind = json.loads(record.target_json).get("kind", "target")
     device = re.sub(r"[^A-Za-z0-9.]+", "-", record.device_model).strip("-")
@@ -119,6 +133,7 @@ class _Export:
         self, folder: Path, first: Record, workload: Callable[[str], Workload | None], stack: contextlib.ExitStack
     ) -> None:
         self.folder = folder
+        self.first = first
         folder.mkdir()
         self._workload = workload
         self._workloads: dict[str, tuple[int, Workload]] = {}
