@@ -18,16 +18,18 @@ class OpenShardRequest(_message.Message):
     def __init__(self, job: _Optional[str] = ..., spec: _Optional[_Union[_tuning_pb2.JobSpec, _Mapping]] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class OpenShardResponse(_message.Message):
-    __slots__ = ("instance", "incarnation", "workers", "batch")
+    __slots__ = ("instance", "incarnation", "workers", "batch", "draining")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     instance: str
     incarnation: str
     workers: int
     batch: int
-    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., workers: _Optional[int] = ..., batch: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., workers: _Optional[int] = ..., batch: _Optional[int] = ..., draining: bool = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("task", "token", "trials", "conclude")
@@ -123,14 +125,16 @@ class CloseShardResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchShardRequest(_message.Message):
-    __slots__ = ("job", "after_sequence", "heartbeat_s")
+    __slots__ = ("job", "after_sequence", "heartbeat_s", "incarnation")
     JOB_FIELD_NUMBER: _ClassVar[int]
     AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     job: str
     after_sequence: int
     heartbeat_s: float
-    def __init__(self, job: _Optional[str] = ..., after_sequence: _Optional[int] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
+    incarnation: str
+    def __init__(self, job: _Optional[str] = ..., after_sequence: _Optional[int] = ..., heartbeat_s: _Optional[float] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class WatchShardResponse(_message.Message):
     __slots__ = ("sequence", "incarnation", "heartbeat", "baseline", "trial", "ended")
@@ -187,7 +191,7 @@ class TrialFinished(_message.Message):
     def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., trial_id: _Optional[str] = ..., latency_us: _Optional[float] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class LeaseEnded(_message.Message):
-    __slots__ = ("task", "token", "reason", "measured", "verified", "best_latency_us", "best_trial_id", "error")
+    __slots__ = ("task", "token", "reason", "measured", "verified", "best_latency_us", "best_trial_id", "error", "fallback")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +200,7 @@ class LeaseEnded(_message.Message):
     BEST_LATENCY_US_FIELD_NUMBER: _ClassVar[int]
     BEST_TRIAL_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
     task: str
     token: int
     reason: str
@@ -204,4 +209,5 @@ class LeaseEnded(_message.Message):
     best_latency_us: float
     best_trial_id: str
     error: str
-    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., measured: _Optional[int] = ..., verified: bool = ..., best_latency_us: _Optional[float] = ..., best_trial_id: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    fallback: bool
+    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., measured: _Optional[int] = ..., verified: bool = ..., best_latency_us: _Optional[float] = ..., best_trial_id: _Optional[str] = ..., error: _Optional[str] = ..., fallback: bool = ...) -> None: ...

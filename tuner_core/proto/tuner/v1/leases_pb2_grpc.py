@@ -32,7 +32,11 @@ class LeaseServiceStub(object):
     lease carries a fencing token, which grows with every lease of the task in the job; an instance refuses an older
     token than it has seen, and the client does not count results of a token that is no longer the task's newest (their
     records are kept). A lease that is not renewed by its deadline ends: the instance finishes what is being measured,
-    stores it, and starts nothing more.
+    stores it, and starts nothing more. Deadlines are kept by the instance's own monotonic clock; granting, extending and
+    renewing a lease each move its deadline to lease_s from now.
+
+    Errors of every method: NOT_FOUND for a job that this instance does not have (open the shard again),
+    FAILED_PRECONDITION when it may not be, PERMISSION_DENIED for another team's job.
     """
 
     def __init__(self, channel):
@@ -85,20 +89,31 @@ class LeaseServiceServicer(object):
     lease carries a fencing token, which grows with every lease of the task in the job; an instance refuses an older
     token than it has seen, and the client does not count results of a token that is no longer the task's newest (their
     records are kept). A lease that is not renewed by its deadline ends: the instance finishes what is being measured,
-    stores it, and starts nothing more.
+    stores it, and starts nothing more. Deadlines are kept by the instance's own monotonic clock; granting, extending and
+    renewing a lease each move its deadline to lease_s from now.
+
+    Errors of every method: NOT_FOUND for a job that this instance does not have (open the shard again),
+    FAILED_PRECONDITION when it may not be, PERMISSION_DENIED for another team's job.
     """
 
     def OpenShard(self, request, context):
         """OpenShard takes in the job: its tasks and target, but no trials. Idempotent: a repeat of the same job id finds the
-        shard as it is, after a restart of the instance, too (its leases are gone then, its records are not).
+        shard as it is, after a restart of the instance, too (its leases are gone then, its records are not). A closed shard
+        is opened again. Refused: FAILED_PRECONDITION when the target or share is not on offer, when the id is that of another
+        job, when the instance is draining and does not know the job yet, and when someone cancelled the job on this instance
+        (TuningService.ResumeJob takes that back).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GrantLease(self, request, context):
-        """GrantLease starts a lease, or extends one (same token: more trials, a later deadline). Refused: FAILED_PRECONDITION
-        for an old token or a draining instance, NOT_FOUND for a job that this instance does not have.
+        """GrantLease starts a lease, or extends one (same token: more trials, a later deadline; it never takes trials back, and
+        may turn `conclude` on). A newer token ends an older lease of the task as `revoked`. Refused: FAILED_PRECONDITION
+        for an older token than seen for the task, for the token of a lease that has ended, or for a draining instance.
+        Tokens that were seen outlive a restart. The task's known records are looked up in this instance's store when its
+        first lease comes, and again whenever tokens were skipped since its last one (it was leased elsewhere in between):
+        bring them here before granting. While an ordinary job has the partitions, leases wait for its end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,28 +127,34 @@ class LeaseServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RevokeLease(self, request, context):
-        """RevokeLease ends a lease early; what is being measured is finished and stored.
+        """RevokeLease ends a lease early: what is built or being measured is finished and stored, then LeaseEnded comes. A
+        promotion that has begun is finished, too, and reported as `concluded`. A lease that is not held here is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MeasureModel(self, request, context):
-        """MeasureModel measures the whole model here, untuned and with the given records; they must be in this instance's store.
+        """MeasureModel measures the whole model here, untuned and with the given records; they must be in this instance's store
+        (NOT_FOUND names one that is not). It answers when it is measured, minutes later perhaps; cancelling it stops it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseShard(self, request, context):
-        """CloseShard ends the job here. Its leases end, its search state goes, its records stay.
+        """CloseShard ends the job here. Its leases end, its search state goes, its records stay, watches end. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchShard(self, request, context):
-        """WatchShard sends events from `after_sequence` on, and a heartbeat whenever nothing happened for `heartbeat_s`.
+        """WatchShard sends a heartbeat at once, then events from `after_sequence` on, and a heartbeat whenever nothing happened
+        for `heartbeat_s`. The instance keeps the last 10,000 events of a shard (some megabytes): whoever comes back after
+        more than that sees a gap in the sequence and finds the missing trials in the store. The stream ends without an error
+        when the shard is closed, with FAILED_PRECONDITION when the job is cancelled here, and with UNAVAILABLE when the
+        instance stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,7 +213,11 @@ class LeaseService(object):
     lease carries a fencing token, which grows with every lease of the task in the job; an instance refuses an older
     token than it has seen, and the client does not count results of a token that is no longer the task's newest (their
     records are kept). A lease that is not renewed by its deadline ends: the instance finishes what is being measured,
-    stores it, and starts nothing more.
+    stores it, and starts nothing more. Deadlines are kept by the instance's own monotonic clock; granting, extending and
+    renewing a lease each move its deadline to lease_s from now.
+
+    Errors of every method: NOT_FOUND for a job that this instance does not have (open the shard again),
+    FAILED_PRECONDITION when it may not be, PERMISSION_DENIED for another team's job.
     """
 
     @staticmethod
