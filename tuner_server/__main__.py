@@ -45,6 +45,8 @@ def _read_config(context: click.Context, _parameter: click.Parameter, path: Path
         context.meta[_DEVICES] = settings.pop("devices", None)
         if isinstance(settings.get("device"), str):  # one, or several as a list
             settings["device"] = [settings["device"]]
+        if isinstance(settings.get("partitions"), list):  # as on the command line
+            settings["partitions"] = ",".join(str(share) for share in settings["partitions"])
         context.default_map = settings
     return path
 

@@ -86,9 +86,9 @@ async def select_providers(
             "the GPUs' workers, search and build need cores of their own beside the CPU that is measured: "
             "say which cores to measure, e.g. --device cpu:0-3"
         )
+    portions = zip(wanted, _portions(cores, len(wanted)), strict=True)
     opened = await asyncio.gather(
-        *(_open_gpu(one, data_dir, part, probe) for one, part in zip(wanted, _portions(cores, len(wanted)), strict=True)),
-        return_exceptions=True,
+        *(_open_gpu(one, data_dir, portion, probe) for one, portion in portions), return_exceptions=True
     )
     gpus: list[Chosen] = []
     busy: list[ConflictError] = []
