@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tuner_core.model import JobState
 from tuner_core.proto.tuner.v1 import tuning_pb2
+from tuner_server.lanes.lane import Lane
 from tuner_server.scheduler.machine import JobMachine
 
 
@@ -45,6 +46,15 @@ def queued_status(facts: JobFacts) -> tuning_pb2.JobStatus:
             weight=task.weight,
         )
     return status
+
+
+def device_facts(status: tuning_pb2.JobStatus, lane: Lane) -> None:
+    """Write into a status what the job runs on."""
+    status.target_json = lane.target_json
+    status.sm_count = lane.sm_count
+    status.device_model = lane.device.model
+    status.device_uuids[:] = lane.device_uuids
+    status.tvm_version = lane.tvm_version
 
 
 def running_status(

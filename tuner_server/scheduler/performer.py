@@ -1,0 +1,369 @@
+"""Performs what a state machine asks for: search, build, measure, check, store; every outcome goes back as an event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tuner_core.model import EvaluatorSettings, FailureKind, Origin, Record, RecordKey, Workload, trial_id
+from tuner_core.store.wire import workload_from_message
+from tuner_server.build.pool import Artifact
+from tuner_server.lanes.lane import Lane
+from tuner_server.measure.requests import Measurement, MeasureRequest
+from tuner_server.scheduler import messages as m
+from tuner_server.scheduler.committer import Committer
+from tuner_server.scheduler.progress import TaskProgress
+from tuner_server.scheduler.report import JobFacts
+from tuner_server.search.messages import SearchFailed, SearchLost
+from tuner_server.trial import TrialFailed
+
+log = logging.getLogger(__name__)
+
+
+class Performer:
+    """Works for one job, on one lane.
+
+    Args:
+        facts: The job.
+        lane: Search and build, and the workers of the job's share.
+        committer: Stores what was measured before it counts.
+        tasks: What is known of the job's tasks; read only.
+        emit: Takes events, and exceptions that nothing can be made of.
+    """
+
+    def __init__(
+        self,
+        facts: JobFacts,
+        lane: Lane,
+        committer: Committer,
+        tasks: Sequence[TaskProgress],
+        emit: Callable[[m.Event | BaseException], None],
+    ) -> None:
+        self.facts = facts
+        self.lane = lane
+        self.workloads = [workload_from_message(task.workload) for task in facts.spec.tasks]
+        self._committer = committer
+        self._tasks = tasks
+        self._emit = emit
+        self._work: set[asyncio.Task[None]] = set()
+        self._artifacts: dict[tuple[int, str], Artifact] = {}
+        self._alone: dict[tuple[int, str], Measurement] = {}
+        self._opening: dict[int, asyncio.Task[None]] = {}
+        self._references: dict[int, asyncio.Task[Path | None]] = {}
+        self._evaluator = lane.evaluator
+        if facts.spec.HasField("evaluator"):
+            asked = facts.spec.evaluator
+            self._evaluator = EvaluatorSettings(asked.number, asked.repeat, asked.min_repeat_ms)
+
+    def key(self, index: int) -> RecordKey:
+        """Strict look-up key of a task."""
+        lane = self.lane
+        return RecordKey(
+            self.workloads[index].digest, lane.target_digest, lane.device.model, lane.sm_count, lane.tvm_version
+        )
+
+    async def add_workloads(self) -> None:
+        """Store the job's workloads, so that records may refer to them."""
+        await self._committer.add_workloads(self.workloads)
+
+    def perform(self, instruction: m.Instruction) -> None:
+        """Begin with an instruction; what comes of it is emitted later."""
+        match instruction:
+            case m.MeasureBaseline():
+                self._start(self._baseline(instruction))
+            case m.OpenSession():
+                self._opening[instruction.task] = self._start(self._open(instruction))
+            case m.Generate():
+                self._start(self._generate(instruction))
+            case m.RunTrial():
+                self._start(self._trial(instruction))
+            case m.Report():
+                self._start(self._report(instruction))
+            case m.CloseSession():
+                self._opening.pop(instruction.task, None)
+                self._start(self.lane.search.close(self._session(instruction.task)))
+            case m.Forget():
+                for trace in instruction.traces:
+                    self._forget(instruction.task, trace)
+            case m.Promote():
+                self._start(self._promote(instruction))
+            case m.Check():
+                self._start(self._check(instruction))
+            case m.MeasureModel():
+                self._start(self._measure_model(instruction))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._worked)
+        return task
+
+    def _worked(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, (SearchFailed, SearchLost)):  # whoever waits for candidates has got these
+            self._emit(error)
+
+    # Search
+
+    def _session(self, index: int) -> str:
+        return f"{self.facts.job}/{index}"
+
+    async def _open(self, wanted: m.OpenSession) -> None:
+        seed = (self.facts.spec.seed + wanted.task * 7919) % (2**31 - 2) + 1
+        try:
+            await self.lane.search.open(
+                self._session(wanted.task),
+                self.workloads[wanted.task],
+                self.lane.target_json,
+                seed=seed,
+                known=wanted.known,
+            )
+        except (SearchFailed, SearchLost) as error:
+            log.warning("%s: cannot open a search: %s", self.facts.spec.tasks[wanted.task].name, error)
+            raise
+
+    async def _generate(self, wanted: m.Generate) -> None:
+        try:
+            await asyncio.shield(self._opening[wanted.task])
+            traces = await self.lane.search.generate(self._session(wanted.task), wanted.count)
+        except SearchFailed as error:
+            self._emit(m.CannotSample(wanted.task, wanted.batch, str(error)))
+        except SearchLost as error:
+            self._emit(m.SessionLost(wanted.task, wanted.batch, str(error)))
+        else:
+            self._emit(m.CandidatesReady(wanted.task, wanted.batch, tuple(traces)))
+
+    async def _report(self, wanted: m.Report) -> None:
+        try:
+            await self.lane.search.report(self._session(wanted.task), wanted.results)
+        except SearchLost as error:  # the batch that it was generating says so too
+            log.warning("%s: %s", self.facts.spec.tasks[wanted.task].name, error)
+
+    # Trials
+
+    async def _trial(self, wanted: m.RunTrial) -> None:
+        workload = self.workloads[wanted.task]
+        try:
+            with self.lane.gathering.building():
+                artifact = await self.lane.build.build(workload, wanted.trace, self.lane.target_json)
+            request = self._request(workload, artifact, self._tasks[wanted.task].hopeless_above_us)
+            try:
+                await self.lane.gathering.gathered()
+                measurement = await self.lane.fleet.measure(request)
+            except BaseException:
+                self.lane.build.release(artifact)
+                raise
+        except TrialFailed as failure:
+            await self._commit(self._record(workload, wanted.trace, failure=failure))
+            self._emit(m.TrialFailed(wanted.task, wanted.batch, wanted.trace, failure.kind, str(failure)))
+            return
+        self._keep(wanted.task, wanted.trace, artifact)
+        await self._commit(self._record(workload, wanted.trace, measurement=measurement))
+        self._emit(m.TrialMeasured(wanted.task, wanted.batch, wanted.trace, measurement.median_us))
+
+    async def _baseline(self, wanted: m.MeasureBaseline) -> None:
+        workload = self.workloads[wanted.task]
+        try:
+            with self.lane.gathering.building():
+                built = await self.lane.build.fallback(workload, self.lane.target_json)
+            self._keep(wanted.task, built.trace, built.artifact)
+            await self.lane.gathering.gathered()
+            measurement = await self.lane.fleet.measure(self._request(workload, built.artifact))
+        except TrialFailed as failure:
+            self._emit(m.BaselineFailed(wanted.task, str(failure)))
+            return
+        await self._commit(self._record(workload, built.trace, measurement=measurement, origin=Origin.FALLBACK))
+        self._emit(m.BaselineMeasured(wanted.task, built.trace, measurement.median_us))
+
+    def _request(self, workload: Workload, artifact: Artifact, give_up_above_us: float | None = None) -> MeasureRequest:
+        return MeasureRequest(
+            artifact=artifact.path,
+            args_info=workload.args_info,
+            evaluator=self._evaluator,
+            timeout_s=self.lane.run_timeout_s,
+            give_up_above_us=give_up_above_us,
+        )
+
+    def _keep(self, index: int, trace: str, artifact: Artifact) -> None:
+        old = self._artifacts.get((index, trace))
+        if old is not None and old.path != artifact.path:
+            self.lane.build.release(old)
+        self._artifacts[index, trace] = artifact
+
+    def _forget(self, index: int, trace: str) -> None:
+        artifact = self._artifacts.pop((index, trace), None)
+        if artifact is not None:
+            self.lane.build.release(artifact)
+
+    async def _commit(self, record: Record) -> None:
+        await self._committer.commit(record)
+
+    def _record(
+        self,
+        workload: Workload,
+        trace: str,
+        *,
+        measurement: Measurement | None = None,
+        failure: TrialFailed | None = None,
+        origin: Origin = Origin.SEARCH,
+        verified: bool = False,
+    ) -> Record:
+        lane, spec = self.lane, self.facts.spec
+        key = RecordKey(workload.digest, lane.target_digest, lane.device.model, lane.sm_count, lane.tvm_version)
+        if measurement is not None:
+            key = replace(key, sm_count=measurement.sm_count)
+        return Record(
+            trial_id=trial_id(key, trace, self.facts.job, verified),
+            workload_digest=workload.digest,
+            trace=trace,
+            target_json=lane.target_json,
+            target_digest=lane.target_digest,
+            device_model=lane.device.model,
+            device_arch=lane.device.arch,
+            sm_percent=spec.sm_percent,
+            sm_count=key.sm_count,
+            partition_kind=measurement.partition.kind if measurement else lane.partition_kind,
+            neighbours=measurement.neighbours if measurement else 0,
+            verified=verified,
+            latencies_us=measurement.latencies_us if measurement else (),
+            median_us=measurement.median_us if measurement else None,
+            ci_low_us=measurement.ci_low_us if measurement else None,
+            ci_high_us=measurement.ci_high_us if measurement else None,
+            evaluator=self._evaluator,
+            tvm_version=lane.tvm_version,
+            cuda_version=lane.device.cuda_version,
+            driver_version=lane.device.driver_version,
+            job=self.facts.job,
+            team=spec.team,
+            model=spec.model,
+            failure=failure.kind if failure else None,
+            failure_message=str(failure) if failure else "",
+            origin=origin,
+            instance=self.facts.instance,
+            affinity=measurement.affinity if measurement else (),
+            tags=dict(spec.tags),
+            op=workload.op,
+            description=workload.description,
+        )
+
+    # Promotion
+
+    def _fallback_artifact(self, index: int) -> Artifact | None:
+        trace = self._tasks[index].baseline_trace
+        return None if trace is None else self._artifacts.get((index, trace))
+
+    async def _artifact(self, index: int, trace: str) -> Artifact:
+        known = self._artifacts.get((index, trace))
+        if known is None:
+            known = await self.lane.build.build(self.workloads[index], trace, self.lane.target_json)
+            self._keep(index, trace, known)
+        return known
+
+    async def _promote(self, wanted: m.Promote) -> None:
+        index, workload = wanted.task, self.workloads[wanted.task]
+        self._references[index] = asyncio.create_task(self.lane.build.reference(workload, seed=self.facts.spec.seed))
+        built = await asyncio.gather(*(self._artifact(index, trace) for trace in wanted.traces), return_exceptions=True)
+        results: list[m.KnownTrial] = []
+        async with self.lane.fleet.exclusive() as alone:
+            for trace, artifact in zip(wanted.traces, built, strict=True):
+                median_us = None
+                try:
+                    if isinstance(artifact, BaseException):
+                        raise artifact
+                    measurement = await alone.measure(self._request(workload, artifact))
+                    median_us = measurement.median_us
+                    self._alone[index, trace] = measurement
+                except TrialFailed as failure:
+                    log.warning("%s: a candidate failed in promotion: %s", workload.description, failure)
+                results.append(m.KnownTrial(trace, median_us))
+        self._emit(m.Promoted(index, tuple(results)))
+
+    async def _check(self, wanted: m.Check) -> None:
+        index, workload = wanted.task, self.workloads[wanted.task]
+        verdict, message = "error", ""
+        origin = Origin.FALLBACK if wanted.fallback else Origin.SEARCH
+        measurement = self._alone[index, wanted.trace]
+        trial = ""
+        against = "llvm, unscheduled, on the host"
+        try:
+            reference = await self._references[index]
+            if reference is None:
+                against = "fallback schedule, on the device"
+            outcome = await self.lane.check(
+                self._artifacts[index, wanted.trace],
+                workload,
+                reference,
+                fallback=None if wanted.fallback else self._fallback_artifact(index),
+            )
+            verdict, message = outcome.verdict, outcome.message
+        except TrialFailed as failure:
+            message = f"{failure.kind}: {failure}"
+        if verdict == "ok":
+            record = self._record(workload, wanted.trace, measurement=measurement, origin=origin, verified=True)
+            record = replace(record, tags={**record.tags, "reference": against})
+            await self._commit(record)
+            trial = record.trial_id
+        elif verdict == "wrong_result":
+            wrong = TrialFailed(FailureKind.WRONG_RESULT, message)
+            await self._commit(self._record(workload, wanted.trace, failure=wrong, origin=origin, verified=True))
+        if verdict in ("ok", "inconclusive"):
+            await self._drop_reference(index)
+        self._emit(m.Checked(index, wanted.trace, verdict, message, trial))
+
+    async def _drop_reference(self, index: int) -> None:
+        """Delete the task's reference: inputs and outputs of large operators take many megabytes."""
+        reference = self._references.pop(index, None)
+        if reference is None:
+            return
+        reference.cancel()
+        with contextlib.suppress(asyncio.CancelledError, TrialFailed):
+            path = await reference
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    # Model
+
+    async def _measure_model(self, wanted: m.MeasureModel) -> None:
+        spec = self.facts.spec
+        if not spec.lifted_module_zlib:
+            self._emit(m.ModelMeasured(None, None, None))
+            return
+        traces = {self.workloads[index].digest: trace for index, trace in wanted.traces.items()}
+        artifacts: list[Artifact] = []
+        try:
+            module = zlib.decompress(spec.lifted_module_zlib).decode()
+            built = await self.lane.build.build_model(module, self.lane.target_json, traces)
+            artifacts = [built.baseline, built.tuned]
+            async with self.lane.fleet.exclusive() as alone:
+                result = await alone.measure_models(built.baseline.path, built.tuned.path, built.args_info)
+            event = m.ModelMeasured(result.baseline_us, result.tuned_us, result.outputs_match)
+        except TrialFailed as failure:
+            event = m.ModelMeasured(None, None, None, f"the whole model could not be measured: {failure}")
+        finally:
+            for artifact in artifacts:
+                self.lane.build.release(artifact)
+        self._emit(event)
+
+    # End
+
+    async def stop(self) -> None:
+        """Cancel what is under way, close sessions, delete what was built."""
+        for work in list(self._work):
+            work.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
+        for index in list(self._references):
+            await self._drop_reference(index)
+        for index in list(self._opening):
+            await self.lane.search.close(self._session(index))
+        self._opening.clear()
+        for artifact in self._artifacts.values():
+            self.lane.build.release(artifact)
+        self._artifacts.clear()
