@@ -110,7 +110,8 @@ def test_a_cancelled_turn_alone_frees_the_device(yields: int) -> None:
         for _ in range(yields):
             await asyncio.sleep(0)
         alone.cancel()
-        if await asyncio.gather(alone, return_exceptions=True) == [None]:
+        (end,) = await asyncio.gather(alone, return_exceptions=True)
+        if not isinstance(end, asyncio.CancelledError):
             turns.end_alone()
         assert await behind == "a"
         assert not turns.alone

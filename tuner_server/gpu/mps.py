@@ -117,6 +117,7 @@ class MpsDaemon:
         self._changing = asyncio.Lock()
         self._tail: LogTail | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[bool] | None = None
         self._process: MpsProcess | None = None
         if external:
             self.pipe_directory = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", DEFAULT_PIPE_DIRECTORY))
@@ -166,10 +167,10 @@ class MpsDaemon:
 
     async def stop(self) -> None:
         """End the daemon and its servers, and give the GPU back. An operator's daemon is left alone."""
-        for task in (self._watcher, self._tail):
+        for task in (self._watcher, self._reviving, self._tail):
             if task is not None:
                 task.cancel()
-        self._watcher = None
+        self._watcher = self._reviving = None
         if self._lock is None:
             return
         async with self._changing:
@@ -200,6 +201,12 @@ class MpsDaemon:
             raise TunerError(f"the MPS control daemon at {self.pipe_directory} does not answer; start it again")
         if self._lock is None:
             raise TunerError("the MPS control daemon has not been started")
+        # one look for all who ask at the same time: after a fault every worker does
+        if self._reviving is None or self._reviving.done():
+            self._reviving = asyncio.create_task(self._revive())
+        return await asyncio.shield(self._reviving)
+
+    async def _revive(self) -> bool:
         async with self._changing:
             if await self.healthy():
                 return False
@@ -351,36 +358,41 @@ class MpsDaemon:
                 found += [MpsClient(server, pid) for pid in _pids(await self.command(f"get_client_list {server}"))]
         return found
 
-    async def terminate_client(self, pid: int, timeout_s: float = 3.0) -> bool:
-        """Take a process off the GPU without harm to its neighbours, and wait until the daemon confirms it.
+    async def terminate_client(self, pid: int, timeout_s: float = 2.0) -> bool:
+        """Take a process off the GPU without harm to its neighbours.
 
-        The process's CUDA calls fail from then on (cudaErrorMpsClientTerminated), also one in the middle of a kernel;
-        it can be killed safely afterwards.
+        The process's CUDA calls fail from then on (cudaErrorMpsClientTerminated), also one in the middle of a kernel.
+        It stays in the list of clients until it exits.
 
         Args:
             pid: The process.
-            timeout_s: Deadline for the confirmation.
+            timeout_s: Deadline for the daemon's answers together.
 
         Returns:
-            Whether it is surely no client any more.
+            Whether the daemon has accepted that, or does not know such a client.
         """
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        asked = False
-        while True:
-            try:
-                clients = [client for client in await self.clients() if client.pid == pid]
-                if not clients:
-                    return True
-                if not asked:
-                    for client in clients:
+        try:
+            async with asyncio.timeout(timeout_s):
+                for client in await self.clients():
+                    if client.pid == pid:
                         await self.command(f"terminate_client {client.server_pid} {client.pid}", timeout_s)
-                    asked = True
-            except TunerError as error:
-                log.warning("cannot terminate MPS client %d: %s", pid, error)
-                return False
-            if asyncio.get_running_loop().time() > deadline:
-                return False
-            await asyncio.sleep(_POLL_S)
+        except (TunerError, TimeoutError) as error:
+            log.warning("cannot terminate MPS client %d: %s", pid, error or f"no answer within {timeout_s:g} s")
+            return False
+        return True
+
+    async def is_client(self, pid: int, timeout_s: float = 1.0) -> bool:
+        """Whether a process is, or may be, on the GPU.
+
+        Args:
+            pid: The process.
+            timeout_s: Deadline for the daemon's answers together.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return any(client.pid == pid for client in await self.clients())
+        except (TunerError, TimeoutError):
+            return True
 
 
 def _pids(text: str) -> list[int]:

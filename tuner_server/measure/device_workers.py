@@ -1,4 +1,4 @@
-"""The worker processes of one device and the queue for them: hand out, watch, void, replace."""
+"""The worker processes of one device and the queue for them: hand out, watch, void, have replaced."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tuner_core.errors import ConflictError, UnavailableError
 from tuner_core.model import FailureKind
+from tuner_server.measure.exclusive import ExclusiveTurn
 from tuner_server.measure.gate import CoreGate
+from tuner_server.measure.memory import says_out_of_memory
+from tuner_server.measure.metrics import FleetMetrics
+from tuner_server.measure.repairs import Outcomes, Repairs
 from tuner_server.measure.slot import WorkerSlot
 from tuner_server.measure.turns import Turns
 from tuner_server.partitions.interface import Partition, PartitionProvider
@@ -24,7 +29,6 @@ log = logging.getLogger(__name__)
 _DEVICE_FAULT = "device_fault"  # as the worker says it
 _SETTLE_S = 0.5  # where faults spread: a faulting MPS client took its neighbours along within 0.3 s when tried
 _UNUSABLE_AFTER_S = 30.0
-_LONGEST_RETRY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -79,20 +83,31 @@ class DeviceWorkers:
         spawner: Starts the processes.
         provider: Divides the device.
         gate: Keeps search and build off the cores while a measurement runs.
+        metrics: Where faults, restarts and pauses are counted.
+        pause_bound_s: See :meth:`ExclusiveTurn.breathe`.
     """
 
-    def __init__(self, spawner: Spawner, provider: PartitionProvider, gate: CoreGate) -> None:
-        self._spawner = spawner
+    def __init__(
+        self,
+        spawner: Spawner,
+        provider: PartitionProvider,
+        gate: CoreGate,
+        metrics: FleetMetrics,
+        pause_bound_s: float,
+    ) -> None:
         self._provider = provider
         self._gate = gate
+        self._metrics = metrics
+        self._pause_bound_s = pause_bound_s
         self._slots: list[WorkerSlot] = []
         self._turns: Turns[WorkerSlot] = Turns(lambda slot: slot.ready)
         self._running: set[_Activity] = set()
         self._settling: set[_Activity] = set()
         self._requests: set[asyncio.Task[Any]] = set()
         self._requests_alone: set[asyncio.Task[Any]] = set()
-        self._repairs: set[asyncio.Task[None]] = set()
+        self._incomplete_since: float | None = None
         self._stopping = False
+        self._repairs = Repairs(spawner, provider, metrics, Outcomes(self._filled, self._void_all, self._failing))
 
     # Life
 
@@ -107,7 +122,7 @@ class DeviceWorkers:
         self._turns = Turns(lambda slot: slot.ready)
         self._slots = [WorkerSlot(partition) for partition in partitions]
         self._provider.watch(self._device_lost)
-        started = await asyncio.gather(*(self._fill(slot) for slot in self._slots), return_exceptions=True)
+        started = await asyncio.gather(*(self._repairs.fill(slot) for slot in self._slots), return_exceptions=True)
         errors = [outcome for outcome in started if isinstance(outcome, BaseException)]
         if errors:
             await self.stop()
@@ -118,12 +133,11 @@ class DeviceWorkers:
         self._stopping = True
         self._provider.watch(None)
         self._turns.fail(ConflictError("the measurement workers are being stopped"))
-        for repair in self._repairs:
-            repair.cancel()
-        await asyncio.gather(*self._repairs, return_exceptions=True)
+        await self._repairs.cancel()
         await asyncio.gather(*(self._end(slot) for slot in self._slots))
         await asyncio.gather(*self._requests, return_exceptions=True)
         self._slots = []
+        self._incomplete_since = None
 
     async def _end(self, slot: WorkerSlot) -> None:
         child, slot.child = slot.child, None
@@ -146,23 +160,20 @@ class DeviceWorkers:
         return sum(slot.ready for slot in self._slots)
 
     @contextlib.asynccontextmanager
-    async def exclusive(self, *, first: bool = False) -> AsyncIterator[None]:
+    async def exclusive(self, *, first: bool = False) -> AsyncIterator[ExclusiveTurn]:
         """Wait until nothing else runs on the device, and let nothing else begin until the end of the block.
 
         Args:
             first: Before all others that wait.
         """
-        turns = self._turns
-        await turns.begin_alone(first=first)
+        turn = ExclusiveTurn(
+            self._turns, lambda: self._requests_alone, len(self._slots) > 1, self._metrics, self._pause_bound_s
+        )
+        await turn.begin(first=first)
         try:
-            yield
+            yield turn
         finally:
-            left = [task for task in self._requests_alone if not task.done()]
-            if left:  # cancelled in the middle: the device is free when the worker is done
-                ending = asyncio.ensure_future(asyncio.wait(left))
-                ending.add_done_callback(lambda _: turns.end_alone())
-            else:
-                turns.end_alone()
+            turn.end()
 
     async def perform(self, work: Work, *, alone: bool) -> Done:
         """Do one request; once more when its worker was lost: elsewhere, or alone where faults spread.
@@ -212,11 +223,10 @@ class DeviceWorkers:
         return done
 
     async def _request(self, slot: WorkerSlot, work: Work, activity: _Activity, alone: bool) -> Done:
-        name = f"measure-{slot.partition.index}"
         try:
             child = slot.child
             if child is None or not slot.ready:
-                raise _Lost(FailureKind.WORKER_LOST, f"{name} ended before it was asked")
+                raise _Lost(FailureKind.WORKER_LOST, f"{slot.name} ended before it was asked")
             slot.state = "measuring"
             self._running.add(activity)
             for other in self._running:
@@ -225,14 +235,19 @@ class DeviceWorkers:
                 reply = await child.request(work.op, work.args, work.timeout_s, kill=False)
             return Done(reply, slot, slot.sm_count_seen, slot.affinity, activity.neighbours)
         except ChildTimeout:
-            self._repair(slot)
+            if slot.ready and not self._stopping:
+                self._metrics.fault(FailureKind.RUN_TIMEOUT)
+            self._repair(slot, void=False)
             raise TrialFailed(FailureKind.RUN_TIMEOUT, f"it did not end within {work.timeout_s:g} s") from None
         except ChildDied as died:
-            self._fault(slot)
-            raise _Lost(_kind_of_exit(died.code), f"{name} ended ({describe_exit(died.code)})") from None
+            kind = _kind_of_exit(died)
+            self._fault(slot, kind, activity)
+            if kind is FailureKind.OUT_OF_MEMORY:  # by its own last words: nobody else is to blame
+                raise TrialFailed(kind, f"it needs more memory than a worker has: {_last_words(died)}") from None
+            raise _Lost(kind, f"{slot.name} ended ({describe_exit(died.code)})") from None
         except ChildError as error:
             if error.kind == _DEVICE_FAULT:
-                self._fault(slot)
+                self._fault(slot, FailureKind.RUN_ERROR, activity)
                 raise _Lost(FailureKind.RUN_ERROR, str(error)) from None
             raise TrialFailed(_kind_of_error(error.kind), str(error)) from None
         finally:
@@ -248,72 +263,69 @@ class DeviceWorkers:
 
     # Faults
 
-    def _fault(self, slot: WorkerSlot) -> None:
+    def _fault(self, slot: WorkerSlot, kind: str, activity: _Activity | None = None) -> None:
         """A worker ended by itself: replace it, and its neighbours where faults spread."""
         if not slot.ready or self._stopping:
             return
-        self._repair(slot)
+        self._metrics.fault(kind)
         if self._provider.faults_spread:
-            self._void_all()
+            self._void_all(activity)
+        else:
+            self._repair(slot, void=False)
 
     def _device_lost(self) -> None:
         log.warning("all measurement workers of %s are lost; starting them again", self._provider.device.model)
+        self._metrics.fault("device_lost")
         self._void_all()
 
-    def _void_all(self) -> None:
-        for activity in self._running | self._settling:
+    def _void_all(self, guilty: _Activity | None = None) -> None:
+        spoilt = [activity for activity in self._running | self._settling if not activity.void]
+        self._metrics.voided(sum(activity is not guilty for activity in spoilt))
+        for activity in spoilt:
             activity.void = True
+        self._repairs.void()
         for slot in self._slots:
-            self._repair(slot)
+            if slot.arriving is not None:
+                slot.arriving.kill()  # it would be struck too, or wait for ever
+            self._repair(slot, void=True)
 
-    def _repair(self, slot: WorkerSlot) -> None:
+    def _repair(self, slot: WorkerSlot, *, void: bool) -> None:
         if not slot.ready or self._stopping:
             return
-        slot.state = "starting"
+        if self._incomplete_since is None:
+            self._incomplete_since = time.monotonic()
         self._turns.withdraw(slot)
-        repair = asyncio.create_task(self._bring_back(slot))
-        self._repairs.add(repair)
-        repair.add_done_callback(self._repairs.discard)
+        self._repairs.begin(slot, void=void)
 
-    async def _bring_back(self, slot: WorkerSlot) -> None:
-        """Stop what is left of the worker and start another, for as long as it takes."""
-        child, slot.child = slot.child, None
-        if child is not None:
-            try:
-                untouched = await self._provider.stop_worker(child)
-            except asyncio.CancelledError:
-                child.kill()
-                raise
-            if not untouched and self._provider.faults_spread:
-                self._void_all()
-        loop = asyncio.get_running_loop()
-        began, delay_s = loop.time(), 0.1
-        while True:
-            try:
-                await self._fill(slot)
-                return
-            except Exception as error:  # whatever it is, the capacity has to come back
-                slot.state = "lost"
-                log.warning("%s; trying again in %.1f s", error, delay_s)
-                if self.capacity == 0 and loop.time() - began > _UNUSABLE_AFTER_S:
-                    self._turns.fail(UnavailableError(f"no measurement worker can be started: {error}"))
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, _LONGEST_RETRY_S)
-
-    async def _fill(self, slot: WorkerSlot) -> None:
-        child = await slot.start(self._spawner, self._provider)
+    def _filled(self, slot: WorkerSlot) -> None:
+        child = slot.child
+        assert child is not None
         child.exited.add_done_callback(lambda _: self._ended(slot, child))
+        if self._incomplete_since is not None and self.capacity == len(self._slots):
+            self._metrics.recovered(time.monotonic() - self._incomplete_since)
+            self._incomplete_since = None
         self._turns.offer(slot)
+
+    def _failing(self, error: Exception, seconds: float) -> None:
+        if self.capacity == 0 and seconds > _UNUSABLE_AFTER_S:
+            self._turns.fail(UnavailableError(f"no measurement worker can be started: {error}"))
 
     def _ended(self, slot: WorkerSlot, child: Child) -> None:
         if slot.child is child and slot.state == "idle" and not self._stopping:
-            log.warning("measure-%d ended while idle (%s)", slot.partition.index, describe_exit(child.exited.result()))
-            self._fault(slot)
+            log.warning("%s ended while idle (%s)", slot.name, describe_exit(child.exited.result()))
+            self._fault(slot, FailureKind.WORKER_LOST)
 
 
-def _kind_of_exit(code: int | None) -> FailureKind:
+def _kind_of_exit(died: ChildDied) -> FailureKind:
     """SIGKILL comes from outside (an operator, the kernel short of memory); other ends are the candidate's doing."""
-    return FailureKind.WORKER_LOST if code in (None, -signal.SIGKILL) else FailureKind.RUN_ERROR
+    if died.code in (None, -signal.SIGKILL):
+        return FailureKind.WORKER_LOST
+    return FailureKind.OUT_OF_MEMORY if says_out_of_memory(died.output) else FailureKind.RUN_ERROR
+
+
+def _last_words(died: ChildDied) -> str:
+    lines = [line.strip() for line in died.output.splitlines() if says_out_of_memory(line)]
+    return lines[-1][:200] if lines else ""
 
 
 def _kind_of_error(kind: str) -> FailureKind:

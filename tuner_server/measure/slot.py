@@ -12,24 +12,29 @@ _HELLO_TIMEOUT_S = 60.0  # creating a CUDA context takes seconds on a busy host
 
 
 class WorkerSlot:
-    """A place for one worker. A lost worker leaves the slot empty until :meth:`start` fills it again.
+    """A place for one worker. A lost worker leaves the slot empty until another one comes.
 
     Attributes:
         partition: What the worker may use.
         child: Its process; None while there is none.
+        arriving: A process on its way to the device, in place of ``child``.
         state: ``starting``, ``idle``, ``measuring`` or ``lost``.
         sm_count_seen: SMs or cores that the present worker sees.
         affinity: Cores that it is pinned to.
-        starts: Workers started so far.
     """
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
         self.child: Child | None = None
+        self.arriving: Child | None = None
         self.state = "starting"
         self.sm_count_seen = 0
         self.affinity: tuple[int, ...] = ()
-        self.starts = 0
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return self.partition.worker_name
 
     @property
     def ready(self) -> bool:
@@ -50,44 +55,56 @@ class WorkerSlot:
             affinity=self.affinity,
         )
 
-    async def start(self, spawner: Spawner, provider: PartitionProvider) -> Child:
-        """Start a worker and check that its share was granted.
+    async def fork(self, spawner: Spawner) -> Child:
+        """A process for this place that has not touched the device yet; :meth:`occupy` comes next.
+
+        It gets ready (share, cores, libraries) while the worker before it is still being stopped.
 
         Raises:
-            TunerError: It did not start, or sees another number of SMs than its share has.
+            TunerError: It cannot be started.
         """
         partition = self.partition
-        self.state = "starting"
-        await provider.prepare_worker(partition)
-        name = f"measure-{partition.index}"
         on_host = partition.kind is PartitionKind.CPU
+        config: dict[str, object] = {"device": partition.tvm_device}
+        if not on_host:
+            config["memory_bytes"] = partition.memory_bytes
         try:
-            child = await spawner.spawn(
+            return await spawner.spawn(
                 "measure",
-                {"device": partition.tvm_device},
-                name=name,
+                config,
+                name=self.name,
                 env=partition.env,
                 affinity=partition.affinity,
                 address_space_bytes=partition.memory_bytes if on_host else 0,
             )
         except ChildDied as error:
-            raise TunerError(f"the worker {name} did not start: {error}") from None
-        self.starts += 1
+            raise TunerError(f"the worker {self.name} did not start: {error}") from None
+
+    async def occupy(self, child: Child, provider: PartitionProvider) -> None:
+        """Let a forked process go to the device, and take it as this place's worker if its share was granted.
+
+        Raises:
+            TunerError: It does not get there, or sees another number of SMs than its share has. It is stopped then.
+        """
+        partition = self.partition
+        self.state = "starting"
+        self.arriving = child
         try:
             seen = await child.request("hello", {}, timeout_s=_HELLO_TIMEOUT_S, kill=False)
             if seen["sm_count"] != partition.expected_sm_count:
-                unit = "cores" if on_host else "SMs"
+                unit = "cores" if partition.kind is PartitionKind.CPU else "SMs"
                 raise TunerError(
-                    f"the worker {name} sees {seen['sm_count']} {unit} instead of the {partition.expected_sm_count} of "
-                    f"its share of {partition.sm_percent} %: it is not used"
+                    f"the worker {self.name} sees {seen['sm_count']} {unit} instead of the "
+                    f"{partition.expected_sm_count} of its share of {partition.sm_percent} %: it is not used"
                 )
         except BaseException as error:
             await provider.stop_worker(child)
             if isinstance(error, ChildDied | ChildError | ChildTimeout):
-                raise TunerError(f"the worker {name} did not start: {error}") from None
+                raise TunerError(f"the worker {self.name} did not start: {error}") from None
             raise
+        finally:
+            self.arriving = None
         self.sm_count_seen = seen["sm_count"]
         self.affinity = tuple(seen["affinity"]) if partition.affinity else ()
         self.child = child
         self.state = "idle"
-        return child

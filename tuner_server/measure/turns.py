@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,13 @@ S = TypeVar("S")
 class _Waiter(Generic[S]):
     granted: asyncio.Future[S | None]
     accepts: Callable[[S], bool] | None = None  # None: waits to be alone
+    holds_since: float | None = (
+        None  # when it began to keep slots from those behind it; only one that waits to be alone
+    )
+
+
+def _future() -> asyncio.Future[S | None]:
+    return asyncio.get_running_loop().create_future()
 
 
 class Turns(Generic[S]):
@@ -73,17 +81,23 @@ class Turns(Generic[S]):
         Raises:
             Exception: What :meth:`fail` was called with.
         """
-        slot = await self._wait(self._queue_alone if within_alone else self._queue, accepts, first)
+        slot = await self._wait(self._queue_alone if within_alone else self._queue, _Waiter(_future(), accepts), first)
         assert slot is not None
         return slot
 
-    async def begin_alone(self, *, first: bool = False) -> None:
+    async def begin_alone(self, *, first: bool = False) -> float:
         """Wait until no slot is handed out; then none is but to the caller, until :meth:`end_alone`.
+
+        Returns:
+            The time (``time.monotonic``) since which slots have been kept from others for this.
 
         Raises:
             Exception: What :meth:`fail` was called with.
         """
-        await self._wait(self._queue, None, first)
+        waiter: _Waiter[S] = _Waiter(_future())
+        await self._wait(self._queue, waiter, first)
+        assert waiter.holds_since is not None
+        return waiter.holds_since
 
     def end_alone(self) -> None:
         """The others may go on."""
@@ -99,10 +113,9 @@ class Turns(Generic[S]):
                 if not waiter.granted.done():
                     waiter.granted.set_exception(error)
 
-    async def _wait(self, queue: deque[_Waiter[S]], accepts: Callable[[S], bool] | None, first: bool) -> S | None:
+    async def _wait(self, queue: deque[_Waiter[S]], waiter: _Waiter[S], first: bool) -> S | None:
         if self._error is not None:
             raise self._error
-        waiter = _Waiter[S](asyncio.get_running_loop().create_future(), accepts)
         if first:
             queue.appendleft(waiter)
         else:
@@ -129,7 +142,12 @@ class Turns(Generic[S]):
         self._hand_out(self._queue)
         while self._queue and self._queue[0].granted.done():  # cancelled, its task has not run yet
             self._queue.popleft()
-        if self._queue and self._queue[0].accepts is None and not self._out:
+        if not self._queue or self._queue[0].accepts is not None:
+            return
+        head = self._queue[0]
+        if head.holds_since is None:
+            head.holds_since = time.monotonic()
+        if not self._out:
             self._alone = True
             self._queue.popleft().granted.set_result(None)
 

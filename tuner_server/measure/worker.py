@@ -22,18 +22,20 @@ from tuner_server.gpu.faults import context_lost, headline
 from tuner_server.measure.argument_cache import ArgumentCache
 from tuner_server.measure.correctness import compare
 from tuner_server.measure.inputs import ArgsInfo, Array, draw_array, load_reference, numpy_dtype
+from tuner_server.measure.memory import says_out_of_memory
 from tuner_server.measure.models import measure_models
 from tuner_server.processes.child import WorkError, one_line, serve
 
 _MARGIN = 1.05  # so that a sample is not shorter than asked for when the calls get faster
+_SURELY = 1.25
+"""A short sample over the limit by this factor is believed: the full-length one would not bring it under."""
 _ENTRY = "main"
 _CACHE_BYTES = 256 << 20
 _UNWRITTEN_INTEGER = 113
 DEVICE_FAULT = "device_fault"  # the worker's context is gone: restart it
-_OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cannot allocate", "alloc failed", "memoryerror")
 
 
-def _calls_per_sample(sample: Callable[[int, int], list[float]], fewest: int, duration_us: float) -> int:
+def _calibrate(sample: Callable[[int, int], list[float]], fewest: int, duration_us: float) -> tuple[int, float]:
     """How many calls make a sample of the wanted length.
 
     TVM finds this out anew for every sample, by samples of growing length, and overshoots by up to 1.6: half of the
@@ -43,12 +45,15 @@ def _calls_per_sample(sample: Callable[[int, int], list[float]], fewest: int, du
         sample: Times so many calls so many times; microseconds per call.
         fewest: Calls at least.
         duration_us: Length wanted.
+
+    Returns:
+        The number of calls, and the latency in microseconds that the last of these short samples saw.
     """
     (per_call,) = sample(fewest, 1)
     if per_call * fewest >= duration_us:
-        return fewest
+        return fewest, per_call
     (per_call,) = sample(max(fewest, math.ceil(min(duration_us / 5, 2000.0) / max(per_call, 1e-3))), 1)
-    return max(fewest, math.ceil(duration_us * _MARGIN / max(per_call, 1e-3)))
+    return max(fewest, math.ceil(duration_us * _MARGIN / max(per_call, 1e-3))), per_call
 
 
 def main(sock: socket.socket, config: dict[str, Any]) -> None:
@@ -56,9 +61,14 @@ def main(sock: socket.socket, config: dict[str, Any]) -> None:
 
     Args:
         sock: Request socket.
-        config: ``device``: TVM's name of it, e.g. ``cpu:0``; ``cache_bytes``: argument buffers to keep at most.
+        config: ``device``: TVM's name of it, e.g. ``cpu:0``; ``cache_bytes``: argument buffers to keep at most;
+            ``memory_bytes``: device memory that arguments may take, 0: no limit.
     """
-    worker = Worker(config.get("device", "cpu:0"), int(config.get("cache_bytes", _CACHE_BYTES)))
+    worker = Worker(
+        config.get("device", "cpu:0"),
+        int(config.get("cache_bytes", _CACHE_BYTES)),
+        int(config.get("memory_bytes", 0)),
+    )
     serve(
         sock,
         {
@@ -84,15 +94,16 @@ class Worker:
     Args:
         device: TVM's name of the device.
         cache_bytes: Argument buffers to keep at most.
+        memory_bytes: Device memory that arguments may take; 0: no limit.
     """
 
-    def __init__(self, device: str, cache_bytes: int = _CACHE_BYTES) -> None:
+    def __init__(self, device: str, cache_bytes: int = _CACHE_BYTES, memory_bytes: int = 0) -> None:
         kind, _, index = device.partition(":")
         self._kind = kind
         if kind == "cuda":
             load_tvm_cuda_runtime(allow_stub=False)
         self._device = tvm.device(kind, int(index or 0))
-        self._cache = ArgumentCache(self._device, cache_bytes)
+        self._cache = ArgumentCache(self._device, cache_bytes, memory_bytes)
 
     def hello(self, _args: dict[str, Any]) -> dict[str, Any]:
         """What the worker sees: the proof that its share was granted."""
@@ -111,7 +122,7 @@ class Worker:
             args: ``artifact``, ``args_info``, ``evaluator`` (number, repeat, min_repeat_ms), ``give_up_above_us``.
 
         Returns:
-            ``samples_us``; ``gave_up``: whether the first sample was so slow that the others were not taken.
+            ``samples_us``; ``gave_up``: whether a first, perhaps shorter sample was so slow that no other was taken.
         """
         evaluator, limit_us = args["evaluator"], args.get("give_up_above_us")
         number, repeat = int(evaluator["number"]), int(evaluator["repeat"])
@@ -123,7 +134,9 @@ class Worker:
             timer = library.time_evaluator(_ENTRY, self._device, number=number, repeat=repeat, min_repeat_ms=0)
             return [seconds * 1e6 for seconds in timer(*arguments).results]
 
-        calls = self._attempt(lambda: _calls_per_sample(sample, number, min_repeat_ms * 1000.0))
+        calls, glance_us = self._attempt(lambda: _calibrate(sample, number, min_repeat_ms * 1000.0))
+        if limit_us is not None and glance_us > _SURELY * limit_us and math.isfinite(glance_us):
+            return {"samples_us": [glance_us], "gave_up": True}
         first = 1 if limit_us is not None else repeat
         samples = self._attempt(lambda: sample(calls, first))
         gave_up = limit_us is not None and samples[0] > limit_us
@@ -164,6 +177,7 @@ class Worker:
         library = self._load(artifact)
 
         def run() -> list[Array]:
+            self._cache.check(args_info)
             blank = [_unwritten(dtype, shape) for _kind, dtype, shape in args_info[len(inputs) :]]
             tensors = [tvm.runtime.tensor(array, self._device) for array in [*inputs, *blank]]
             library[_ENTRY](*tensors)
@@ -212,9 +226,8 @@ class Worker:
         except WorkError:
             raise
         except Exception as error:  # TVM raises RuntimeError, InternalError, MemoryError, ...
-            text = str(error).lower()
             line = one_line(error)
-            if isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY):
+            if isinstance(error, MemoryError) or says_out_of_memory(str(error)):
                 self._cache.clear()
                 raise WorkError(FailureKind.OUT_OF_MEMORY, line) from None
             if self._kind == "cuda":

@@ -21,13 +21,14 @@ from tuner_server.gpu.mps import MpsDaemon, find_control
 from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
 from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
 from tuner_server.partitions.exclusive import device_info
-from tuner_server.partitions.interface import Partition, check_share
+from tuner_server.partitions.interface import Partition, check_share, check_sum
 from tuner_server.processes.spawner import Child
 
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 48  # per device, up to CUDA 13.0 (https://docs.nvidia.com/deploy/mps/)
 _PROBED_SHARES = (10, 25, 50)
+_PROBED_MEMORY_BYTES = 4 << 30
 _MEMORY_SHARE = 0.9  # of the device's memory, for the workers together
 _EXIT_GRACE_S = 1.0
 _CONFIRM_S = 0.5
@@ -42,6 +43,7 @@ class MpsPartitions:
         control: Path of the control program.
         external: Use the daemon that the operator runs.
         oversubscribe: Allow shares that sum to more than 100 %.
+        cores: Host cores for its workers, search and build; None: all that this process may use.
         probe: Command that reads the device's facts.
     """
 
@@ -55,10 +57,12 @@ class MpsPartitions:
         control: str | None = None,
         external: bool = False,
         oversubscribe: bool = False,
+        cores: Sequence[int] | None = None,
         probe: Sequence[str] = PROBE_COMMAND,
     ) -> None:
         self._gpu = gpu
         self._oversubscribe = oversubscribe
+        self.cores = tuple(sorted(os.sched_getaffinity(0)) if cores is None else cores)
         self._probe = probe
         self._facts: DeviceFacts | None = None
         self._shares: SmShares | None = None
@@ -106,7 +110,7 @@ class MpsPartitions:
             # Together, not one by one: a context costs most of a second. It is also the first test of several clients.
             capped, self._limits_memory = await asyncio.gather(
                 asyncio.gather(*(self._ask(share) for share in _PROBED_SHARES)),
-                self._memory_limit_works(self._facts.memory_bytes // 4),
+                self._memory_limit_works(min(self._facts.memory_bytes // 4, _PROBED_MEMORY_BYTES)),
             )
             seen = dict(zip(_PROBED_SHARES, (facts.sm_count for facts in capped), strict=True))
             self._shares = fit_shares(self._facts.sm_count, seen)
@@ -162,26 +166,13 @@ class MpsPartitions:
         Raises:
             UsageError: See :meth:`plan`.
         """
-        for share in shares:
-            check_share(share)
-        total = sum(shares)
         if len(shares) > MAX_CLIENTS:
             raise UsageError(f"{len(shares)} workers are too many: MPS takes {MAX_CLIENTS} on a GPU")
-        if total > 100:
-            wanted = " + ".join(f"{share}" for share in shares)
-            if not self._oversubscribe:
-                raise UsageError(
-                    f"the shares {wanted} sum to {total} %, more than the GPU has; use fewer workers or smaller "
-                    "shares, or --oversubscribe at a loss of fidelity"
-                )
-            log.warning(
-                "shares sum to %d %%: workers disturb each other. Measured with 8 workers at 25 %%: rank correlation "
-                "down from 0.95 to 0.88, and picks up to 34 %% slower than the best before verification",
-                total,
-            )
+        check_sum(shares, self._oversubscribe)
         if self._facts is None or self._shares is None:
             raise TunerError("the GPU has not been started")
-        affinity, _ = host_cores(sorted(os.sched_getaffinity(0)), len(shares))
+        total = sum(shares)
+        affinity, _ = host_cores(self.cores, len(shares))
         partitions = []
         for index, share in enumerate(shares):
             memory = int(self._facts.memory_bytes * _MEMORY_SHARE * share / max(100, total))
@@ -214,7 +205,7 @@ class MpsPartitions:
 
     def spare_cores(self, partitions: Sequence[Partition]) -> list[int]:
         """Host cores that no worker is pinned to."""
-        return host_cores(sorted(os.sched_getaffinity(0)), len(partitions))[1]
+        return host_cores(self.cores, len(partitions))[1]
 
     # Workers
 
@@ -231,19 +222,29 @@ class MpsPartitions:
         await self.daemon.revive()
 
     async def stop_worker(self, child: Child) -> bool:
-        """Take the worker off the GPU (``terminate_client``), wait for the confirmation, let it exit, kill last.
+        """Take the worker off the GPU (``terminate_client``), let it exit, kill last.
+
+        Its socket is closed at once: it exits by itself when its request is over, or when the daemon has ended that.
 
         Returns:
             Whether its neighbours are surely untouched.
         """
         if not child.alive:
             return False  # how it ended, and in the middle of what, is unknown
+        child.hang_up()
         terminating = asyncio.ensure_future(self.daemon.terminate_client(child.pid))
         waited: set[asyncio.Future[Any]] = {terminating, child.exited}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if child.exited.done() and child.exited.result() == 0:
+            terminating.cancel()
+            return True  # it was done with its work, and left in order
         await asyncio.wait({terminating}, timeout=_CONFIRM_S if child.exited.done() else None)
-        await child.close(_EXIT_GRACE_S)
-        if terminating.done():
-            return terminating.result()
-        terminating.cancel()  # it ended by itself, and after a fault the daemon may never answer
-        return False
+        untouched = terminating.done() and terminating.result()
+        terminating.cancel()  # after a fault the daemon may never answer
+        if untouched:
+            await asyncio.wait({child.exited}, timeout=_EXIT_GRACE_S)
+        if not child.exited.done():
+            untouched = untouched and not await self.daemon.is_client(child.pid)
+            child.kill()
+            await asyncio.wait({child.exited}, timeout=_EXIT_GRACE_S)
+        return untouched

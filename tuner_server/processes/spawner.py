@@ -24,6 +24,7 @@ from tuner_server.processes.zygote import ROLES
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
+_TAIL_BYTES = 32 << 10  # of a child's log; TVM puts a kernel's whole source into some errors
 
 
 class ChildError(Exception):
@@ -35,11 +36,17 @@ class ChildError(Exception):
 
 
 class ChildDied(Exception):
-    """A child ended before it answered. ``code`` is its exit code, negative for a signal, None when unknown."""
+    """A child ended before it answered.
 
-    def __init__(self, name: str, code: int | None) -> None:
+    Attributes:
+        code: Its exit code, negative for a signal, None when unknown.
+        output: The end of what it wrote to its log since it got the request.
+    """
+
+    def __init__(self, name: str, code: int | None, output: str = "") -> None:
         super().__init__(f"{name} ended before it answered ({describe_exit(code)})")
         self.code = code
+        self.output = output
 
 
 class ChildTimeout(Exception):
@@ -63,11 +70,20 @@ class Child:
         name: For logs, e.g. ``build-3``.
         pid: Process id, also the id of its process group.
         exited: Done when the process has ended and was reaped; its result is the exit code.
+        log: File that it writes its standard output and error to; None when that is unknown.
     """
 
-    def __init__(self, name: str, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        name: str,
+        pid: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        log: Path | None = None,
+    ) -> None:
         self.name = name
         self.pid = pid
+        self.log = log
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._writer = writer
@@ -109,6 +125,7 @@ class Child:
             if not self.alive or self._abandoned:
                 raise ChildDied(self.name, self.exited.result() if self.exited.done() else None)
             message = frames.encode({"id": next(self._ids), "op": op, "args": dict(args)})
+            log_start = _size(self.log)
             exchange = asyncio.ensure_future(self._exchange(message))
             try:
                 reply = await self._within(exchange, timeout_s)
@@ -123,7 +140,8 @@ class Child:
                     self._writer.close()
             if reply is None:
                 self._abandoned = True
-                raise ChildDied(self.name, await self._exit_code())
+                code = await self._exit_code()
+                raise ChildDied(self.name, code, _tail(self.log, log_start))
             if "error" in reply:
                 raise ChildError(reply["error"]["kind"], reply["error"]["message"])
             result: dict[str, Any] = reply["result"]
@@ -186,10 +204,15 @@ class Child:
         """SIGKILL the process group."""
         self._signal(signal.SIGKILL)
 
-    async def close(self, grace_s: float = 2.0) -> None:
-        """Close the socket, on which the role ends by itself; kill it when it has not within ``grace_s``."""
+    def hang_up(self) -> None:
+        """Close the socket: the role ends by itself when it is done with its present request."""
         self.resume()
+        self._abandoned = True
         self._writer.close()
+
+    async def close(self, grace_s: float = 2.0) -> None:
+        """Hang up, and kill the process when it has not ended within ``grace_s``."""
+        self.hang_up()
         try:
             await asyncio.wait_for(asyncio.shield(self.exited), grace_s)
         except TimeoutError:
@@ -313,6 +336,7 @@ class Spawner:
             ChildDied: The prefork process ended, and so did its successor.
             TunerError: It could not be started again.
         """
+        log_path = self._log_dir / f"{name}.log"
         request = {
             "token": next(self._tokens),
             "role": role,
@@ -321,7 +345,7 @@ class Spawner:
             "affinity": list(affinity),
             "nice": nice,
             "address_space_bytes": address_space_bytes,
-            "log": str(self._log_dir / f"{name}.log"),
+            "log": str(log_path),
         }
         ours, theirs = socket.socketpair()
         try:
@@ -337,7 +361,7 @@ class Spawner:
         finally:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
-        child = Child(name, pid, reader, writer)
+        child = Child(name, pid, reader, writer, log_path)
         if on_exit is not None:
             child.exited.add_done_callback(lambda _: on_exit(child))
         zygote.adopt(child)
@@ -458,6 +482,23 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
+
+
+def _size(path: Path | None) -> int:
+    try:
+        return path.stat().st_size if path is not None else 0
+    except OSError:
+        return 0
+
+
+def _tail(path: Path | None, start: int) -> str:
+    """The end of a file's text after ``start``."""
+    if path is None:
+        return ""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return file.read(_TAIL_BYTES).decode(errors="replace")
+    return ""
 
 
 def _last_line(path: Path) -> str:
