@@ -76,3 +76,18 @@ def test_a_task_starts_where_its_siblings_have_been() -> None:
     alone = SearchSession(matmul(128).body, LLVM, SearchSettings(), 1).generate(16)
     taught = SearchSession(matmul(128).body, LLVM, SearchSettings(), 1, experience=experience).generate(16)
     assert sum(map(cost, taught)) < 0.5 * sum(map(cost, alone))
+
+
+def test_schedules_that_were_good_at_another_share_are_proposed_first() -> None:
+    from tuner_server.search.session import SearchSession
+
+    half = LLVM.replace('"num-cores":2', '"num-cores":1')
+    assert half != LLVM
+    elsewhere = SearchSession(matmul().body, half, SearchSettings(), seed=1)
+    good = elsewhere.generate(6)
+    session = SearchSession(matmul().body, LLVM, SearchSettings(), seed=9, seeds=[*good, good[0], "not a trace"])
+    located = [elsewhere._locate(trace) for trace in good]
+    proposed = session.generate(16)
+    again = [session._locate(trace) for trace in proposed[:6]]
+    assert [point for _, point in filter(None, again)] == [point for _, point in filter(None, located)]
+    assert len(set(proposed)) == 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests.unit.test_search_space import POINT, TRACE
 from tuner_server.search.cost_model import CostModel
 from tuner_server.search.experience import FAILED, Experience, scores
 from tuner_server.search.features import FeatureTable
+from tuner_server.search.messages import Lesson
 from tuner_server.search.space import DesignSpace, Point
 
 NARROW: Point = (POINT[0], (16, 4, 1, 1), *POINT[2:])
@@ -75,3 +77,24 @@ def test_own_trials_overrule_what_others_have_seen() -> None:
     model.train([(own, point, 1000.0 / latency(point)) for point in points], seed=0)  # the other way round
     wide, narrow = model.predict([(own, WIDE), (own, NARROW)])
     assert narrow > wide
+
+
+def test_records_of_the_past_teach_without_their_workloads() -> None:
+    lessons = []
+    rng = random.Random(7)
+    space = DesignSpace(0, TRACE)
+    for _ in range(40):
+        point = space.redraw(POINT, rng)
+        trace = copy.deepcopy(TRACE)
+        trace[1] = [
+            [knob.position, list(value) if isinstance(value, tuple) else value]
+            for knob, value in zip(space.knobs, point, strict=True)
+            if knob.kind != "parallel"
+        ]
+        lessons.append(Lesson("past", json.dumps(trace), latency(point)))
+    experience = Experience()
+    assert experience.learn([*lessons, Lesson("odd", "[[],[]", 1.0), Lesson("odder", "3", None)]) == 40
+    assert experience.learn(lessons) == 0  # a second time teaches nothing
+    own = DesignSpace(0, TRACE)
+    wide, narrow = CostModel(FeatureTable([own]), 40, experience, "own").predict([(own, WIDE), (own, NARROW)])
+    assert wide > narrow

@@ -7,14 +7,17 @@ under each task's own (Chen et al., "Learning to Optimize Tensor Programs", 1805
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tuner_server.search.features import FeatureTable, Located, Matrix
+from tuner_server.search.messages import Lesson
+from tuner_server.search.space import DesignSpace
 
 FAILED = -6.0  # log2 of the score of a failed trial: as if 64 times slower than the best
 _MIN_ROWS = 24
@@ -61,6 +64,30 @@ class Experience:
             trials.latencies.append(latency_us)
         while len(self._tasks) > _KEPT_TASKS:
             self._opinions.pop(self._tasks.popitem(last=False)[0], None)
+
+    def learn(self, lessons: Iterable[Lesson]) -> int:
+        """Note trials of the past, of which only the records are left; those of tasks that are known already are not.
+
+        Returns:
+            How many were of use: traces that another tool wrote may have no decisions.
+        """
+        known = frozenset(self._tasks)
+        spaces: dict[str, DesignSpace] = {}
+        learned = 0
+        for lesson in lessons:
+            if lesson.task in known:
+                continue
+            try:
+                trace = json.loads(lesson.trace)
+                space = DesignSpace(0, trace)
+                space = spaces.setdefault(space.signature, space)
+                point = space.point_of(trace)
+            except (ValueError, TypeError, LookupError):
+                continue
+            if point is not None:
+                self.add(lesson.task, (space, point), lesson.median_us)
+                learned += 1
+        return learned
 
     def predict(self, task: str, table: FeatureTable, matrix: Matrix) -> Matrix | None:
         """Scores of points of a task, by what the others have seen.

@@ -21,6 +21,21 @@ class KnownTrial:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """A trial of another operator, from a record of the past: what its decisions came to teaches a new task.
+
+    Attributes:
+        task: Digest of the other workload.
+        trace: JSON of the trace.
+        median_us: Its latency; None when the trial failed.
+    """
+
+    task: str
+    trace: str
+    median_us: float | None
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """How a session searches.
 

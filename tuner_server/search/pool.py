@@ -12,7 +12,7 @@ from typing import Any
 from tuner_core.model import Workload
 from tuner_server.fairness import FairTurns
 from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
-from tuner_server.search.messages import KnownTrial, SearchFailed, SearchLost, SearchSettings
+from tuner_server.search.messages import KnownTrial, Lesson, SearchFailed, SearchLost, SearchSettings
 
 __all__ = ["KnownTrial", "SearchFailed", "SearchLost", "SearchPool", "SearchSettings"]
 
@@ -53,6 +53,7 @@ class SearchPool:
         self._nice = nice
         self._slots = [_Slot(f"search-{index}") for index in range(max(1, processes))]
         self._homes: dict[str, tuple[_Slot, Child]] = {}
+        self._taught: set[tuple[int, str]] = set()
         self._paused = False
         self._stopped = False
 
@@ -62,7 +63,15 @@ class SearchPool:
         return len(self._homes)
 
     async def open(
-        self, session: str, workload: Workload, target_json: str, *, seed: int, known: Sequence[KnownTrial] = ()
+        self,
+        session: str,
+        workload: Workload,
+        target_json: str,
+        *,
+        seed: int,
+        known: Sequence[KnownTrial] = (),
+        seeds: Sequence[str] = (),
+        lessons: Sequence[Lesson] = (),
     ) -> None:
         """Open a session, in place of one of the same name.
 
@@ -72,6 +81,8 @@ class SearchPool:
             target_json: For which target.
             seed: Of its random choices.
             known: Trials from before; never proposed again.
+            seeds: Traces to propose first: they were good elsewhere.
+            lessons: Trials of other operators on this target. A process learns those of a target once.
 
         Raises:
             SearchFailed: The workload or target is not accepted.
@@ -84,10 +95,19 @@ class SearchPool:
         try:
             child = await self._child(slot)
             self._homes[session] = (slot, child)
+            taught = (child.pid, target_json) in self._taught
+            self._taught.add((child.pid, target_json))
             await self._request(
                 session,
                 "open",
-                {"body": workload.body, "target": target_json, "seed": seed, "known": _rows(known)},
+                {
+                    "body": workload.body,
+                    "target": target_json,
+                    "seed": seed,
+                    "known": _rows(known),
+                    "seeds": list(seeds),
+                    "lessons": [] if taught else [[lesson.task, lesson.trace, lesson.median_us] for lesson in lessons],
+                },
             )
         except BaseException:
             slot.sessions.discard(session)

@@ -9,7 +9,7 @@ from tuner_core.errors import UsageError
 from tuner_server.processes.child import WorkError, serve
 from tuner_server.processes.limits import limit_resources
 from tuner_server.search.experience import Experience
-from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
+from tuner_server.search.messages import KnownTrial, Lesson, SearchFailed, SearchSettings
 from tuner_server.search.session import SearchSession
 
 
@@ -20,6 +20,8 @@ class _Sessions:
         self._experience: dict[str, Experience] = {}
 
     def open(self, args: dict[str, Any]) -> dict[str, Any]:
+        experience = self._experience.setdefault(args["target"], Experience())
+        experience.learn(Lesson(*row) for row in args["lessons"])
         try:
             session = SearchSession(
                 args["body"],
@@ -27,7 +29,8 @@ class _Sessions:
                 self._settings,
                 args["seed"],
                 _trials(args["known"]),
-                self._experience.setdefault(args["target"], Experience()),
+                experience,
+                args["seeds"],
             )
         except UsageError as error:
             raise WorkError("search_failed", str(error)) from None

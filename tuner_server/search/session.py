@@ -40,6 +40,7 @@ class SearchSession:
         seed: Equal seeds and equal reports give equal candidates.
         known: Trials from before: they are learned from, and their schedules not proposed again.
         experience: Of all sessions for this target; this one learns from it and adds to it.
+        seeds: Traces that were good elsewhere, e.g. at another share of the device: proposed first, best first.
 
     Raises:
         UsageError: The workload is malformed, or holds what no operator needs.
@@ -53,6 +54,7 @@ class SearchSession:
         seed: int,
         known: Sequence[KnownTrial] = (),
         experience: Experience | None = None,
+        seeds: Sequence[str] = (),
     ) -> None:
         self._settings = settings
         self._rng = random.Random(seed)
@@ -77,6 +79,8 @@ class SearchSession:
         self.report(fastest[: settings.known_limit])
         for trial in fastest[settings.known_limit :]:
             self._seen_traces.add(sha256_hex(trial.trace))
+        located = [place for seed_trace in seeds if (place := self._locate(seed_trace)) is not None]
+        self._seeds = [place for place in dict.fromkeys(located) if place not in self._seen_points]
 
     @property
     def knobs(self) -> list[int]:
@@ -152,6 +156,8 @@ class SearchSession:
         return found
 
     def _next_point(self, ranked: Iterator[Located]) -> tuple[DesignSpace, Point | None]:
+        if self._seeds:
+            return self._seeds.pop(0)
         if self._rng.random() >= self._settings.epsilon and (proposal := next(ranked, None)) is not None:
             self._seen_points.add(proposal)  # also when it turns out to be a duplicate
             return proposal

@@ -1,0 +1,71 @@
+"""What past records give to a new task: schedules that were good at another share, lessons of other operators."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection
+
+from tuner_core.model import Origin, Record, RecordKey
+from tuner_core.store.interface import RecordFilter, RecordStore
+from tuner_server.search.messages import Lesson
+
+MAX_SEEDS = 8
+MAX_LESSONS = 1000
+MAX_LESSONS_OF_TASK = 48
+_LOOKED_AT = 4000
+
+
+def seeds(store: RecordStore, key: RecordKey, limit: int = MAX_SEEDS) -> list[str]:
+    """Traces of the same workload that were best at other SM counts of the same device model, nearest share first.
+
+    Args:
+        store: The record store; the call blocks.
+        key: The task's strict key; records under it are no seeds, they are known.
+        limit: How many at most.
+
+    Returns:
+        Distinct traces. They are starting points only: what they are worth here is measured here.
+    """
+    where = RecordFilter(
+        workload_digest=key.workload_digest, device_model=key.device_model, tvm_version=key.tvm_version
+    )
+    page = store.query(where, limit=_LOOKED_AT, top_per_key=limit + 1)  # the fallback schedule may be among them
+    elsewhere = [
+        record for record in page.records if record.sm_count != key.sm_count and record.origin is not Origin.FALLBACK
+    ]
+
+    def rank(record: Record) -> tuple[float, bool, float]:
+        octaves = abs(math.log2(max(1, record.sm_count) / max(1, key.sm_count)))
+        return octaves, not record.verified, record.median_us or math.inf
+
+    return list(dict.fromkeys(record.trace for record in sorted(elsewhere, key=rank)))[:limit]
+
+
+def lessons(store: RecordStore, key: RecordKey, own: Collection[str], limit: int = MAX_LESSONS) -> list[Lesson]:
+    """Trials of other operators on the same target at the same share, newest first.
+
+    Args:
+        store: The record store; the call blocks.
+        key: Key of any task of the job: all have target, device, SM count and TVM version in common.
+        own: Digests of the job's own workloads: what is known of them reaches their own searches.
+        limit: How many at most; no operator gives more than :data:`MAX_LESSONS_OF_TASK`.
+    """
+    where = RecordFilter(
+        target_digest=key.target_digest,
+        device_model=key.device_model,
+        sm_count=key.sm_count,
+        tvm_version=key.tvm_version,
+        include_failed=True,
+    )
+    of_task: Counter[str] = Counter()
+    taken: list[Lesson] = []
+    for record in store.query(where, limit=_LOOKED_AT, order="newest").records:
+        if len(taken) >= limit:
+            break
+        if record.workload_digest in own or record.verified or record.origin is not Origin.SEARCH:
+            continue
+        if of_task[record.workload_digest] < MAX_LESSONS_OF_TASK:
+            of_task[record.workload_digest] += 1
+            taken.append(Lesson(record.workload_digest, record.trace, record.median_us))
+    return taken
