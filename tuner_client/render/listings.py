@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tuner_client.job import JobReport
 from tuner_client.render import units
+from tuner_client.render.measuring import measuring_document, measuring_line
 from tuner_core.model import Record
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def host_document(host: host_pb2.GetHostResponse, address: str) -> dict[str, Any
                 "partition_kinds": list(device.partition_kinds),
                 "cuda_version": device.cuda_version,
                 "notes": list(device.notes),
+                "measuring": measuring_document(device.measuring),
             }
             for device in host.devices
         ],
@@ -183,6 +185,8 @@ def host_view(host: host_pb2.GetHostResponse, address: str) -> RenderableType:
             )
         )
         lines.append(Text(f"  {_division(device)}", style="dim"))
+        if cost := measuring_line(device.measuring):
+            lines.append(Text(f"  {cost}", style="dim"))
         lines += [Text(f"  {note}", style="dim") for note in device.notes]
     jobs = ", ".join(host.running_jobs) or "none"
     lines.append(Text(f"jobs: {jobs}; {units.count(host.trials_measured, 'trial')} measured; store {host.store}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -11,6 +12,7 @@ from tuner_core.proto.tuner.v1 import host_pb2 as pb
 from tuner_core.proto.tuner.v1 import host_pb2_grpc
 from tuner_server import __version__
 from tuner_server.engine import Engine
+from tuner_server.measure.metrics import FleetFacts
 from tuner_server.scheduler.supervisor import JobSupervisor
 from tuner_server.services.status import mapped
 
@@ -64,6 +66,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
                 partition_kinds=[str(kind) for kind in device.provider.kinds_on_offer],
                 cuda_version=info.cuda_version,
                 notes=device.provider.describe(),
+                measuring=measuring_message(device.fleet.facts()),
             )
         for worker in engine.workers():
             response.workers.add(
@@ -83,3 +86,15 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         """Finish what runs, take no more."""
         self._jobs.draining = True
         return pb.DrainResponse(running_jobs=self._jobs.running())
+
+
+def measuring_message(facts: FleetFacts) -> pb.Measuring:
+    """What measuring on a device has cost, for the wire."""
+    return pb.Measuring(
+        pauses=pb.Spans(**dataclasses.asdict(facts.pauses)),
+        pause_bound_s=facts.pause_bound_s,
+        recoveries=pb.Spans(**dataclasses.asdict(facts.recoveries)),
+        worker_restarts=facts.worker_restarts,
+        voided_measurements=facts.voided,
+        faults=facts.faults,
+    )

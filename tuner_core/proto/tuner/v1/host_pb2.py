@@ -24,25 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13tuner/v1/host.proto\x12\x08tuner.v1\"\xf4\x01\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x61rch\x18\x03 \x01(\t\x12\x0c\n\x04uuid\x18\x04 \x01(\t\x12\x10\n\x08sm_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x64river_version\x18\x06 \x01(\t\x12\x13\n\x0btarget_json\x18\x07 \x01(\t\x12\x0c\n\x04name\x18\x08 \x01(\t\x12\x0e\n\x06shares\x18\t \x03(\x05\x12\x16\n\x0epresent_shares\x18\n \x03(\x05\x12\x17\n\x0fpartition_kinds\x18\x0b \x03(\t\x12\x14\n\x0c\x63uda_version\x18\x0c \x01(\t\x12\r\n\x05notes\x18\r \x03(\t\"\x9d\x01\n\x06Worker\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x16\n\x0epartition_kind\x18\x03 \x01(\t\x12\x12\n\nsm_percent\x18\x04 \x01(\x05\x12\x15\n\rsm_count_seen\x18\x05 \x01(\x05\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x05\x12\x10\n\x08\x61\x66\x66inity\x18\x08 \x03(\x05\"$\n\x0eGetHostRequest\x12\x12\n\nsm_percent\x18\x01 \x01(\x05\"\xdb\x02\n\x0fGetHostResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\t\x12\x13\n\x0btvm_version\x18\x04 \x01(\t\x12\x14\n\x0c\x63uda_version\x18\x05 \x01(\t\x12!\n\x07\x64\x65vices\x18\x06 \x03(\x0b\x32\x10.tuner.v1.Device\x12!\n\x07workers\x18\x07 \x03(\x0b\x32\x10.tuner.v1.Worker\x12\x14\n\x0crunning_jobs\x18\x08 \x03(\t\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\r\n\x05store\x18\n \x01(\t\x12\x17\n\x0fpartition_kinds\x18\x0b \x03(\t\x12\x13\n\x0btarget_json\x18\x0c \x01(\t\x12\x10\n\x08sm_count\x18\r \x01(\x05\x12\x17\n\x0ftrials_measured\x18\x0e \x01(\x05\x12\x12\n\nsm_percent\x18\x0f \x01(\x05\"\x0e\n\x0c\x44rainRequest\"%\n\rDrainResponse\x12\x14\n\x0crunning_jobs\x18\x01 \x03(\t2\x87\x01\n\x0bHostService\x12>\n\x07GetHost\x12\x18.tuner.v1.GetHostRequest\x1a\x19.tuner.v1.GetHostResponse\x12\x38\n\x05\x44rain\x12\x16.tuner.v1.DrainRequest\x1a\x17.tuner.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13tuner/v1/host.proto\x12\x08tuner.v1\"\x9c\x02\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x61rch\x18\x03 \x01(\t\x12\x0c\n\x04uuid\x18\x04 \x01(\t\x12\x10\n\x08sm_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x64river_version\x18\x06 \x01(\t\x12\x13\n\x0btarget_json\x18\x07 \x01(\t\x12\x0c\n\x04name\x18\x08 \x01(\t\x12\x0e\n\x06shares\x18\t \x03(\x05\x12\x16\n\x0epresent_shares\x18\n \x03(\x05\x12\x17\n\x0fpartition_kinds\x18\x0b \x03(\t\x12\x14\n\x0c\x63uda_version\x18\x0c \x01(\t\x12\r\n\x05notes\x18\r \x03(\t\x12&\n\tmeasuring\x18\x0e \x01(\x0b\x32\x13.tuner.v1.Measuring\"J\n\x05Spans\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\x12\x0e\n\x06last_s\x18\x02 \x01(\x01\x12\x11\n\tlongest_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\"\xfe\x01\n\tMeasuring\x12\x1f\n\x06pauses\x18\x01 \x01(\x0b\x32\x0f.tuner.v1.Spans\x12\x15\n\rpause_bound_s\x18\x02 \x01(\x01\x12#\n\nrecoveries\x18\x03 \x01(\x0b\x32\x0f.tuner.v1.Spans\x12\x17\n\x0fworker_restarts\x18\x04 \x01(\x05\x12\x1b\n\x13voided_measurements\x18\x05 \x01(\x05\x12/\n\x06\x66\x61ults\x18\x06 \x03(\x0b\x32\x1f.tuner.v1.Measuring.FaultsEntry\x1a-\n\x0b\x46\x61ultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\x9d\x01\n\x06Worker\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x16\n\x0epartition_kind\x18\x03 \x01(\t\x12\x12\n\nsm_percent\x18\x04 \x01(\x05\x12\x15\n\rsm_count_seen\x18\x05 \x01(\x05\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x05\x12\x10\n\x08\x61\x66\x66inity\x18\x08 \x03(\x05\"$\n\x0eGetHostRequest\x12\x12\n\nsm_percent\x18\x01 \x01(\x05\"\xdb\x02\n\x0fGetHostResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\t\x12\x13\n\x0btvm_version\x18\x04 \x01(\t\x12\x14\n\x0c\x63uda_version\x18\x05 \x01(\t\x12!\n\x07\x64\x65vices\x18\x06 \x03(\x0b\x32\x10.tuner.v1.Device\x12!\n\x07workers\x18\x07 \x03(\x0b\x32\x10.tuner.v1.Worker\x12\x14\n\x0crunning_jobs\x18\x08 \x03(\t\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\r\n\x05store\x18\n \x01(\t\x12\x17\n\x0fpartition_kinds\x18\x0b \x03(\t\x12\x13\n\x0btarget_json\x18\x0c \x01(\t\x12\x10\n\x08sm_count\x18\r \x01(\x05\x12\x17\n\x0ftrials_measured\x18\x0e \x01(\x05\x12\x12\n\nsm_percent\x18\x0f \x01(\x05\"\x0e\n\x0c\x44rainRequest\"%\n\rDrainResponse\x12\x14\n\x0crunning_jobs\x18\x01 \x03(\t2\x87\x01\n\x0bHostService\x12>\n\x07GetHost\x12\x18.tuner.v1.GetHostRequest\x1a\x19.tuner.v1.GetHostResponse\x12\x38\n\x05\x44rain\x12\x16.tuner.v1.DrainRequest\x1a\x17.tuner.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tuner.v1.host_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MEASURING_FAULTSENTRY']._loaded_options = None
+  _globals['_MEASURING_FAULTSENTRY']._serialized_options = b'8\001'
   _globals['_DEVICE']._serialized_start=34
-  _globals['_DEVICE']._serialized_end=278
-  _globals['_WORKER']._serialized_start=281
-  _globals['_WORKER']._serialized_end=438
-  _globals['_GETHOSTREQUEST']._serialized_start=440
-  _globals['_GETHOSTREQUEST']._serialized_end=476
-  _globals['_GETHOSTRESPONSE']._serialized_start=479
-  _globals['_GETHOSTRESPONSE']._serialized_end=826
-  _globals['_DRAINREQUEST']._serialized_start=828
-  _globals['_DRAINREQUEST']._serialized_end=842
-  _globals['_DRAINRESPONSE']._serialized_start=844
-  _globals['_DRAINRESPONSE']._serialized_end=881
-  _globals['_HOSTSERVICE']._serialized_start=884
-  _globals['_HOSTSERVICE']._serialized_end=1019
+  _globals['_DEVICE']._serialized_end=318
+  _globals['_SPANS']._serialized_start=320
+  _globals['_SPANS']._serialized_end=394
+  _globals['_MEASURING']._serialized_start=397
+  _globals['_MEASURING']._serialized_end=651
+  _globals['_MEASURING_FAULTSENTRY']._serialized_start=606
+  _globals['_MEASURING_FAULTSENTRY']._serialized_end=651
+  _globals['_WORKER']._serialized_start=654
+  _globals['_WORKER']._serialized_end=811
+  _globals['_GETHOSTREQUEST']._serialized_start=813
+  _globals['_GETHOSTREQUEST']._serialized_end=849
+  _globals['_GETHOSTRESPONSE']._serialized_start=852
+  _globals['_GETHOSTRESPONSE']._serialized_end=1199
+  _globals['_DRAINREQUEST']._serialized_start=1201
+  _globals['_DRAINREQUEST']._serialized_end=1215
+  _globals['_DRAINRESPONSE']._serialized_start=1217
+  _globals['_DRAINRESPONSE']._serialized_end=1254
+  _globals['_HOSTSERVICE']._serialized_start=1257
+  _globals['_HOSTSERVICE']._serialized_end=1392
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Device(_message.Message):
-    __slots__ = ("kind", "model", "arch", "uuid", "sm_count", "driver_version", "target_json", "name", "shares", "present_shares", "partition_kinds", "cuda_version", "notes")
+    __slots__ = ("kind", "model", "arch", "uuid", "sm_count", "driver_version", "target_json", "name", "shares", "present_shares", "partition_kinds", "cuda_version", "notes", "measuring")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCH_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class Device(_message.Message):
     PARTITION_KINDS_FIELD_NUMBER: _ClassVar[int]
     CUDA_VERSION_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    MEASURING_FIELD_NUMBER: _ClassVar[int]
     kind: str
     model: str
     arch: str
@@ -34,7 +35,43 @@ class Device(_message.Message):
     partition_kinds: _containers.RepeatedScalarFieldContainer[str]
     cuda_version: str
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, kind: _Optional[str] = ..., model: _Optional[str] = ..., arch: _Optional[str] = ..., uuid: _Optional[str] = ..., sm_count: _Optional[int] = ..., driver_version: _Optional[str] = ..., target_json: _Optional[str] = ..., name: _Optional[str] = ..., shares: _Optional[_Iterable[int]] = ..., present_shares: _Optional[_Iterable[int]] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., cuda_version: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    measuring: Measuring
+    def __init__(self, kind: _Optional[str] = ..., model: _Optional[str] = ..., arch: _Optional[str] = ..., uuid: _Optional[str] = ..., sm_count: _Optional[int] = ..., driver_version: _Optional[str] = ..., target_json: _Optional[str] = ..., name: _Optional[str] = ..., shares: _Optional[_Iterable[int]] = ..., present_shares: _Optional[_Iterable[int]] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., cuda_version: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., measuring: _Optional[_Union[Measuring, _Mapping]] = ...) -> None: ...
+
+class Spans(_message.Message):
+    __slots__ = ("count", "last_s", "longest_s", "total_s")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    LAST_S_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    last_s: float
+    longest_s: float
+    total_s: float
+    def __init__(self, count: _Optional[int] = ..., last_s: _Optional[float] = ..., longest_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
+
+class Measuring(_message.Message):
+    __slots__ = ("pauses", "pause_bound_s", "recoveries", "worker_restarts", "voided_measurements", "faults")
+    class FaultsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PAUSES_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_BOUND_S_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
+    WORKER_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    VOIDED_MEASUREMENTS_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    pauses: Spans
+    pause_bound_s: float
+    recoveries: Spans
+    worker_restarts: int
+    voided_measurements: int
+    faults: _containers.ScalarMap[str, int]
+    def __init__(self, pauses: _Optional[_Union[Spans, _Mapping]] = ..., pause_bound_s: _Optional[float] = ..., recoveries: _Optional[_Union[Spans, _Mapping]] = ..., worker_restarts: _Optional[int] = ..., voided_measurements: _Optional[int] = ..., faults: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("index", "device_uuid", "partition_kind", "sm_percent", "sm_count_seen", "state", "pid", "affinity")
