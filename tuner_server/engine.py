@@ -64,6 +64,7 @@ class Offer:
 _BATCH = {"cpu": 8, "cuda": 16}
 """Candidates of a task that are proposed together; two batches are in flight, and learn nothing from each other."""
 
+
 class Engine:
     """Starts at the first need, lets jobs in when there are partitions for them, stops with the server.
 
@@ -84,7 +85,8 @@ class Engine:
         self._scratch: Path | None = None
         self._granted: dict[str, asyncio.Future[Grant]] = {}
         self._chosen: list[Chosen] = []
-        self._open_lanes = 0
+        self._lanes: dict[str, Lane] = {}
+        self._gathering = Gathering(1)
         self._tickets = itertools.count()
         self.devices: list[SharedDevice] = []
         self.evaluator = config.evaluator
@@ -260,21 +262,21 @@ class Engine:
             names = tuple(device.name for device in offer.devices)
             self._floor.ask(Wish(ticket, sm_percent, names, offer.on_offer))
         self._serve()
-        opened = False
         behalf = on_behalf_of.set(ticket)
         try:
             grant = await self._granted[ticket]
             devices = [device for device in offer.devices if device.name in grant.devices]
             async with self._arranging:
                 await self._divide(devices, grant)
-                if not self._open_lanes:  # else the pools keep the cores that they have
+                if not self._lanes:  # else the pools keep the cores that they have
                     await self._arrange()
-                self._open_lanes += 1
-                opened = True
-            yield self._lane(offer, devices)
+                lane = self._lanes[ticket] = self._lane(offer, devices)
+                self._gather()
+            yield lane
         finally:
             on_behalf_of.reset(behalf)
-            self._open_lanes -= opened
+            self._lanes.pop(ticket, None)
+            self._gather()
             del self._granted[ticket]
             self._floor.leave(ticket)
             self._serve()
@@ -304,9 +306,14 @@ class Engine:
             if isinstance(outcome, BaseException):
                 raise outcome
 
+    def _gather(self) -> None:
+        """Adapt how many candidates are measured in one pause of the builds to the workers that are in use."""
+        assert self._gate is not None
+        workers = sum(len(lane.fleet.workers()) for lane in self._lanes.values())
+        self._gathering.enough = 1 if self._gate.spare else max(1, GATHER_PER_WORKER * workers)
+
     def _lane(self, offer: Offer, devices: list[SharedDevice]) -> Lane:
-        assert self._pools is not None and self._gate is not None
-        workers = sum(share == offer.sm_percent for device in devices for share in device.shares)
+        assert self._pools is not None
         batch = self._config.batch or _BATCH[offer.device.kind]
         return Lane(
             sm_percent=offer.sm_percent,
@@ -319,7 +326,7 @@ class Engine:
             evaluator=self.evaluator,
             run_timeout_s=self.run_timeout_s,
             limits=Limits(batch=batch, batches_at_once=2 * (self._pools.search_processes + 1)),
-            gathering=Gathering(1 if self._gate.spare else GATHER_PER_WORKER * workers),
+            gathering=self._gathering,
         )
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 class Gathering:
     """Holds back what is built until enough of it is there, or no more is coming.
 
+    Lanes share one, so that a job's measurements fall into the pauses that another job's make anyway.
+
     Args:
         enough: How many go on together; 1: nobody waits.
     """
@@ -22,6 +24,16 @@ class Gathering:
         self._enough = enough
         self._building = 0
         self._waiting: list[asyncio.Future[None]] = []
+
+    @property
+    def enough(self) -> int:
+        """How many go on together."""
+        return self._enough
+
+    @enough.setter
+    def enough(self, value: int) -> None:
+        self._enough = value
+        self._open()
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
