@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
+import secrets
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests.redis_server import DURABLE, RedisServer
 from tuner_core.proto.tuner.v1 import records_pb2_grpc
 from tuner_core.store.interface import RecordStore
 from tuner_core.store.open import open_store
@@ -67,10 +73,36 @@ def remote(
         yield RemoteStore(channel, timeout_s=30)
 
 
-BACKENDS = {"sqlite": sqlite_backend}
+@functools.cache
+def redis_server() -> RedisServer:
+    """One server for the whole run; every test has a key space of its own in it."""
+    directory = Path(tempfile.mkdtemp(prefix="tuner-redis-"))
+    server = RedisServer(directory, *DURABLE)
+    server.start()
+
+    def stop() -> None:
+        server.kill()
+        shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(stop)
+    return server
+
+
+@contextlib.contextmanager
+def redis_backend(directory: Path) -> Iterator[RecordStore]:
+    """A key space of its own in a real redis-server."""
+    store = open_store(f"{redis_server().url}?prefix={secrets.token_hex(8)}")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+BACKENDS = {"sqlite": sqlite_backend, "redis": redis_backend}
 # where the claims tests find a store of each kind that several processes can open
 CLAIM_URLS: dict[str, Callable[[Path, pytest.FixtureRequest], str]] = {
     "sqlite": lambda directory, request: f"sqlite://{directory / 'records.db'}",
+    "redis": lambda directory, request: f"{redis_server().url}?prefix={secrets.token_hex(8)}",
 }
 
 

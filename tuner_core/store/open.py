@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from urllib.parse import unquote, urlsplit
 
-from tuner_core.errors import StoreError, UsageError
+from tuner_core.errors import UsageError
 from tuner_core.store.interface import RecordStore
 
+REDIS_SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 
-def open_store(url: str) -> RecordStore:
+
+def open_store(url: str, *, allow_volatile: bool = False) -> RecordStore:
     """Open the store of a URL.
 
     Args:
-        url: ``sqlite:///ABSOLUTE/PATH``. Further slashes do not matter.
+        url: ``sqlite:///ABSOLUTE/PATH`` (further slashes do not matter), or ``redis://`` in the form of
+            :func:`tuner_core.store.redis.parse_location`.
+        allow_volatile: Accept a Redis that may evict or forget records.
 
     Raises:
         UsageError: Not a URL of a store.
         StoreError: The backend refuses, see :class:`RecordStore`.
+        UnavailableError: Redis cannot be reached.
     """
     parts = urlsplit(url)
     if parts.scheme == "sqlite":
@@ -28,6 +33,8 @@ def open_store(url: str) -> RecordStore:
         from tuner_core.store.sqlite import SqliteStore
 
         return SqliteStore("/" + path.lstrip("/"))
-    if parts.scheme in ("redis", "rediss"):
-        raise StoreError("Redis stores are not supported yet in this version; use sqlite:///PATH")
-    raise UsageError(f"store {url!r}: use sqlite:///PATH")
+    if parts.scheme in REDIS_SCHEMES:
+        from tuner_core.store.redis import RedisStore, parse_location
+
+        return RedisStore(parse_location(url), allow_volatile=allow_volatile)
+    raise UsageError(f"store {url.partition('@')[2] or url!r}: use sqlite:///PATH or redis://HOST")

@@ -1,0 +1,150 @@
+"""Real Redis servers on free ports for tests: alone, with a user, with TLS, as a cluster of three."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import redis
+
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now, also 10000 above (a cluster's bus)."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", (port + 10_000) % 65_536))
+            except OSError:
+                continue
+            if port < 55_000:
+                found.append(port)
+    return found
+
+
+class RedisServer:
+    """One redis-server in a directory of its own. ``start`` again after ``kill`` keeps port and data."""
+
+    def __init__(self, directory: Path, *options: str, port: int | None = None, tls: bool = False) -> None:
+        self.directory = directory
+        self.port = port or free_ports(1)[0]
+        self.options = options
+        self.tls = tls
+        self.process: subprocess.Popen[bytes] | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> redis.Redis:
+        """A client without credentials."""
+        return redis.Redis(port=self.port, socket_timeout=10)
+
+    def start(self, *more: str) -> None:
+        executable = shutil.which("redis-server")
+        assert executable, "redis-server is not installed"
+        places = ("--port", "0", "--tls-port", str(self.port)) if self.tls else ("--port", str(self.port))
+        common = ("--bind", "127.0.0.1", "--dir", str(self.directory), "--save", "", "--loglevel", "warning")
+        self.process = subprocess.Popen(
+            [executable, *places, *common, *self.options, *more],
+            stdout=(self.directory / "log").open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+        self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        """Return when it answers at all, with an error too, and has loaded its data."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            assert self.process.poll() is None, (self.directory / "log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+                if self.tls:
+                    return
+                connection.sendall(b"PING\r\n")
+                if not connection.recv(64).startswith(b"-LOADING"):
+                    return
+            time.sleep(0.005)
+        raise AssertionError("redis-server does not answer")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for its end."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@contextlib.contextmanager
+def running(directory: Path, *options: str, tls: bool = False) -> Iterator[RedisServer]:
+    """A server until the end of the block."""
+    server = RedisServer(directory, *options, tls=tls)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def running_cluster(directory: Path) -> Iterator[list[RedisServer]]:
+    """Three masters that share the slots."""
+    servers = [
+        RedisServer(
+            directory / str(port), *DURABLE, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", port=port
+        )
+        for port in free_ports(3)
+    ]
+    try:
+        for server in servers:
+            server.start()
+        subprocess.run(
+            ["redis-cli", "--cluster", "create", *(f"127.0.0.1:{server.port}" for server in servers), "--cluster-yes"],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+        for server in servers:
+            while b"cluster_state:ok" not in server.client().execute_command("CLUSTER INFO", NEVER_DECODE=True):
+                time.sleep(0.02)
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def make_certificates(directory: Path) -> tuple[Path, Path, Path]:
+    """An authority, and a certificate of it for 127.0.0.1 with its key: (ca, cert, key)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ca, ca_key, cert, key, request = (directory / name for name in ("ca.pem", "ca.key", "cert.pem", "key.pem", "csr"))
+    extension = directory / "extension"
+    extension.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+
+    def openssl(*arguments: str | Path) -> None:
+        subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=30)
+
+    openssl("req", "-x509", *new_key, "-keyout", ca_key, "-out", ca, "-days", "2", "-subj", "/CN=test authority")
+    openssl("req", *new_key, "-keyout", key, "-out", request, "-subj", "/CN=127.0.0.1")
+    openssl(
+        "x509", "-req", "-in", request, "-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-out", cert, "-days", "2",
+        "-extfile", extension,
+    )  # fmt: skip
+    return ca, cert, key

@@ -1,0 +1,17 @@
+-- Announce what was stored of one workload: an event for followers, a change for the catalogue. Repeating it is harmless.
+-- KEYS: events catalogue intents published.
+-- ARGV: workload's digest, number of the outbox' first entry, the outbox, intent, most events to keep.
+local digest, first, outbox = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local before = tonumber(redis.call('HGET', KEYS[4], digest) or '0')
+local behind = first + #outbox / 32
+if behind > before then
+  if before < first then before = first end
+  local number = redis.call('HINCRBY', KEYS[4], 'e', 1)
+  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[5], number .. '-0', 'w', digest, 't',
+    string.sub(outbox, (before - first) * 32 + 1))
+  redis.call('HSET', KEYS[4], digest, behind)
+  before = behind
+end
+redis.call('ZADD', KEYS[2], redis.call('HINCRBY', KEYS[4], 'c', 1), digest)
+if ARGV[4] ~= '' then redis.call('ZREM', KEYS[3], ARGV[4]) end
+return before
