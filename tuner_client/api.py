@@ -320,19 +320,14 @@ class Client:
 
     def _build_for_job(self, report: JobReport, prepared: Prepared, output: Path) -> JobReport:
         from tuner_client.building import build_model, choose_for_job
+        from tuner_client.selection import Place
 
         target_json = json.dumps(dict(report.target))
         with self._progress.step(f"building {output.name}"):
-            chosen = choose_for_job(prepared, self.store, report, target_json)
+            place = Place(report.device_model, report.sm_count, target_json)
             with self._quiet():
-                built = build_model(
-                    prepared,
-                    chosen,
-                    output,
-                    target_json=target_json,
-                    device_model=report.device_model,
-                    sm_count=report.sm_count,
-                )
+                chosen = choose_for_job(prepared, self.store, report, place)
+                built = build_model(prepared, chosen, output, place)
         return dataclasses.replace(report, output=str(output), coverage=built.coverage())
 
     def build(
@@ -343,6 +338,7 @@ class Client:
         output: str | os.PathLike[str],
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         target: Mapping[str, Any] | None = None,
+        strict: bool = True,
     ) -> BuildReport:
         """Build a model from records, without measuring anything.
 
@@ -352,11 +348,14 @@ class Client:
             output: File to write.
             input_shapes: Shapes of inputs by name, where the model leaves them open.
             target: Target; None: the server's own at this share.
+            strict: Only records of exactly this device, SM count, target and TVM version. When False, an operator
+                without any takes the nearest, see :class:`tuner_client.RecordDatabase`; the report names these.
 
         Returns:
             What was built, with the coverage: N of M operators tuned.
         """
-        from tuner_client.building import build_model, choose_by_key
+        from tuner_client.building import build_model, choose, open_database
+        from tuner_client.selection import Place
 
         check_sm_percent(sm_percent)
         check_model_path(Path(model))
@@ -367,20 +366,10 @@ class Client:
         if not host.devices:
             raise ConflictError(f"the server at {self.connection.address} has no device to build for")
         prepared = self._prepare(imported, target_json)
-        device_model = host.devices[0].model
-        with self._progress.step(f"building {Path(output).name}"):
-            chosen = choose_by_key(
-                prepared, self.store, target_json=target_json, device_model=device_model, sm_count=host.sm_count
-            )
-            with self._quiet():
-                return build_model(
-                    prepared,
-                    chosen,
-                    Path(output),
-                    target_json=target_json,
-                    device_model=device_model,
-                    sm_count=host.sm_count,
-                )
+        place = Place(host.devices[0].model, host.sm_count, target_json)
+        with self._progress.step(f"building {Path(output).name}"), self._quiet():
+            chosen = choose(prepared, open_database(self.store, place, strict=strict))
+            return build_model(prepared, chosen, Path(output), place)
 
     # Hosts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner_client.job import JobReport
+from tuner_client.selection import Place, describe_looser
 from tuner_core.errors import ConflictError, ModelError, TunerError
-from tuner_core.model import Origin, RecordKey, target_digest
+from tuner_core.model import Origin
 from tuner_core.store.interface import RecordStore
 
 if TYPE_CHECKING:
     from tuner_client.model.prepare import Prepared
+    from tuner_client.records import RecordDatabase
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class BuildReport:
         verified: How many of the tuned ones run a verified record.
         missing: Operators worth tuning that have no record.
         invalid: Operators whose record did not apply, with the reason; they run the fallback schedule.
+        looser: Operators that run a record of another share, device or TVM version, with a line that says which.
+        passed_over: Records that did not apply to their operator, with the reason, by trial id; the next best one does.
         calls, tuned_calls: The same counted by how often the model calls them.
     """
 
@@ -42,6 +47,8 @@ class BuildReport:
     tuned_calls: int
     missing: tuple[str, ...] = ()
     invalid: Mapping[str, str] = field(default_factory=dict)
+    looser: Mapping[str, str] = field(default_factory=dict)
+    passed_over: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def operators(self) -> int:
@@ -53,6 +60,8 @@ class BuildReport:
         text = f"{len(self.tuned)} of {self.operators} operators tuned"
         if self.tuned:
             text += f" ({self.verified} verified)"
+        if self.looser:
+            text += f", {len(self.looser)} by records of another share, device or version"
         return text
 
     def coverage(self) -> dict[str, Any]:
@@ -68,6 +77,8 @@ class BuildReport:
             "fallback_operators": list(self.fallback),
             "missing": list(self.missing),
             "invalid": dict(self.invalid),
+            "looser": dict(self.looser),
+            "passed_over": dict(self.passed_over),
         }
 
     def document(self) -> dict[str, Any]:
@@ -83,32 +94,37 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Traces by workload digest, and how many of them come from verified records."""
+    """Traces by workload digest, and how many of them come from verified records. The rest as in a report."""
 
     traces: Mapping[str, str]
     verified: int
     missing: tuple[str, ...]
+    looser: Mapping[str, str] = field(default_factory=dict)
+    passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_by_key(
-    prepared: Prepared, store: RecordStore, *, target_json: str, device_model: str, sm_count: int
-) -> Chosen:
-    """The best record of each operator under the strict key; ``missing`` names the tunable ones without any."""
-    digest = target_digest(target_json)
+def choose(prepared: Prepared, database: RecordDatabase) -> Chosen:
+    """The best record of each operator that applies; ``missing`` names the tunable operators without any."""
     traces: dict[str, str] = {}
     verified = 0
-    missing = []
+    missing: list[str] = []
+    looser: dict[str, str] = {}
+    passed_over: dict[str, str] = {}
     for task in prepared.tasks:
-        found = store.top(RecordKey(task.workload.digest, digest, device_model, sm_count))
-        if found and found[0].origin is not Origin.FALLBACK:  # the build has the fallback schedule itself
-            traces[task.workload.digest] = found[0].trace
-            verified += found[0].verified
-        elif not found and task.tunable:
-            missing.append(task.workload.description)
-    return Chosen(traces, verified, tuple(missing))
+        record, problems = database.best_that_applies(task.workload.digest, task.workload.body)
+        passed_over |= {trial: f"{task.workload.description}: {reason}" for trial, reason in problems.items()}
+        if record is None:
+            if task.tunable:
+                missing.append(task.workload.description)
+        elif record.origin is not Origin.FALLBACK:  # the build has the fallback schedule itself
+            traces[task.workload.digest] = record.trace
+            verified += record.verified
+            if not database.place.exact(record):
+                looser[task.name] = describe_looser(record, database.place)
+    return Chosen(traces, verified, tuple(missing), looser, passed_over)
 
 
-def choose_for_job(prepared: Prepared, store: RecordStore, report: JobReport, target_json: str) -> Chosen:
+def choose_for_job(prepared: Prepared, store: RecordStore, report: JobReport, place: Place) -> Chosen:
     """The records that a job published, and those of the strict key for operators that it has none for.
 
     Raises:
@@ -121,9 +137,7 @@ def choose_for_job(prepared: Prepared, store: RecordStore, report: JobReport, ta
             f"the model has other operators than {report.job} tuned ({len(ours - theirs)} of {len(ours)} differ); "
             "use the same file and the same --input-shape"
         )
-    by_key = choose_by_key(
-        prepared, store, target_json=target_json, device_model=report.device_model, sm_count=report.sm_count
-    )
+    by_key = choose(prepared, open_database(store, place))
     traces = dict(by_key.traces)
     verified = by_key.verified
     for task in report.tasks:
@@ -131,12 +145,19 @@ def choose_for_job(prepared: Prepared, store: RecordStore, report: JobReport, ta
         if record is not None and record.valid and record.origin is not Origin.FALLBACK:
             traces[task.workload] = record.trace
             verified += record.verified
-    return Chosen(traces, verified, by_key.missing)
+    return dataclasses.replace(by_key, traces=traces, verified=verified)
 
 
-def build_model(
-    prepared: Prepared, chosen: Chosen, output: Path, *, target_json: str, device_model: str, sm_count: int
-) -> BuildReport:
+def open_database(store: RecordStore, place: Place, *, strict: bool = True) -> RecordDatabase:
+    """The records of a store that apply at a place."""
+    from tuner_client.records import RecordDatabase
+
+    return RecordDatabase(
+        store, device_model=place.device_model, sm_count=place.sm_count, target=place.target_json, strict=strict
+    )
+
+
+def build_model(prepared: Prepared, chosen: Chosen, output: Path, place: Place) -> BuildReport:
     """Apply the traces to the prepared module, fallback schedules to the rest, build and write the file.
 
     Raises:
@@ -150,7 +171,7 @@ def build_model(
     from tuner_core.compiler.apply import apply_schedules
     from tuner_core.compiler.executable import build_executable, export_executable
 
-    target = Target(json.loads(target_json))
+    target = Target(json.loads(place.target_json))
     scheduled, coverage = apply_schedules(prepared.module, target, chosen.traces)
     partial = output.with_name(f".{output.name}.{os.getpid()}.so")
     try:
@@ -168,9 +189,9 @@ def build_model(
         partial.unlink(missing_ok=True)
     return BuildReport(
         output=output,
-        target=json.loads(target_json),
-        device_model=device_model,
-        sm_count=sm_count,
+        target=json.loads(place.target_json),
+        device_model=place.device_model,
+        sm_count=place.sm_count,
         tuned=tuple(coverage.tuned),
         fallback=tuple(coverage.fallback),
         verified=chosen.verified,
@@ -178,4 +199,6 @@ def build_model(
         tuned_calls=coverage.tuned_calls,
         missing=chosen.missing,
         invalid=dict(coverage.invalid),
+        looser=chosen.looser,
+        passed_over=chosen.passed_over,
     )

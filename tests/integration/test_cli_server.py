@@ -168,6 +168,51 @@ def test_build_uses_the_records_and_says_how_many_operators_they_cover(tuned: Tu
     assert output.stat().st_size > 0
 
 
+APPLY = """
+import json, logging, sys
+from pathlib import Path
+logging.basicConfig(stream=sys.stderr, format="LOG %(message)s", level=logging.WARNING)
+from tuner_client import RecordDatabase
+from tuner_client.model.load import load_model
+from tuner_client.model.prepare import prepare
+from tvm import relax
+from tvm.target import Target
+address, model, target = sys.argv[1:]
+module = prepare(load_model(Path(model), {}).module, target).module
+def applied(**options):
+    database = RecordDatabase(address, **options)
+    with Target(json.loads(target)), database:
+        tuned = relax.transform.MetaScheduleApplyDatabase()(module)
+    facts = [database.place.device_model, database.place.sm_count, len(database) > 0]
+    database.close()
+    return facts + [sorted(
+        var.name_hint for var, function in tuned.functions.items()
+        if function.attrs and function.attrs.get("tirx.is_scheduled")
+    )]
+print(json.dumps([applied(sm_percent=100), applied(sm_count=77), applied(sm_count=77, strict=False)]))
+"""
+
+
+def test_tvms_own_pass_applies_the_records_of_a_servers_share_and_looser_ones_only_on_request(tuned: Tuned) -> None:
+    publish_best_search_record(tuned)
+    target = json.dumps(tuned.document["target"])
+    run = subprocess.run(
+        [sys.executable, "-c", APPLY, tuned.address, str(tuned.model), target],
+        env=environment(tuned.folder),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    exact, strict, looser = json.loads(run.stdout)
+    assert exact[:3] == [tuned.document["device"], tuned.document["sm_count"], True]
+    (conv,) = [name for name in exact[3] if "conv2d" in name]
+    assert strict[1:] == [77, False, []]
+    assert conv in looser[3]
+    said = [line for line in run.stderr.splitlines() if line.startswith("LOG conv2d")]
+    assert said and all("with 77 SMs; nearest: " in line for line in said)
+
+
 def publish_best_search_record(tuned: Tuned) -> None:
     """Another team's verified record for the convolution, faster than any: what ``build`` must find."""
     options = ConnectionOptions(tuned.address)
@@ -186,7 +231,8 @@ def publish_best_search_record(tuned: Tuned) -> None:
             ci_low_us=0.5,
             ci_high_us=0.5,
         )
-        assert store.commit([better]).stored == 1
+        store.commit([better])
+        assert store.top(found.key) == [better]
 
 
 def test_watch_builds_later_and_refuses_another_file(tuned: Tuned) -> None:

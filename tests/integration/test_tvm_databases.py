@@ -233,6 +233,37 @@ class TestImport:
         assert "no target" in said["database_tuning_record.json line 10"]
         assert "13 lines left out" in report.line()
 
+    def test_traces_are_replayed_when_they_are_applied_not_when_they_are_imported(
+        self, stock: Stock, store: RecordStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = tmp_path / "lies"
+        folder.mkdir()
+        (folder / "database_workload.json").write_bytes((stock.folder / "database_workload.json").read_bytes())
+        line = json.loads((stock.folder / "database_tuning_record.json").read_text().splitlines()[0])
+        honest = json.dumps(line)
+        line[1][0] = [[["GetSBlock", [], ["no such block", "main"], ["b0"]]], []]
+        line[1][1] = [1e-9]
+        (folder / "database_tuning_record.json").write_text(f"{json.dumps(line)}\n{honest}\n")
+        report = import_folder(
+            folder, store, device=DEVICE, sm_percent=50, sm_count=1, team="", target_json=SHORT_TARGET
+        )
+        assert (report.stored, report.problems) == (2, ())
+        lie, kept = store.query(RecordFilter()).records
+        assert lie.median_us == pytest.approx(0.001)
+        database = database_of(store)
+        with caplog.at_level(logging.WARNING, logger="tuner_client.records"):
+            assert scheduled(apply(stock.model, stock.target, database)) == ["fused_matmul_relu"]
+        (said,) = {record.getMessage() for record in caplog.records if record.name == "tuner_client.records"}
+        assert said.startswith(
+            f"record {lie.trial_id[:12]} of dense 32x32 -> 32, fp32 + relu: the trace does not apply"
+        )
+        assert "Cannot find a block" in said and "\n" not in said
+        workload = store.get_workload(lie.workload_digest)
+        assert workload is not None
+        found, passed_over = database.best_that_applies(workload.digest, workload.body)
+        assert found == kept
+        assert list(passed_over) == [lie.trial_id]
+
     def test_what_is_not_a_folder_of_tvm_says_so(self, store: RecordStore, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"database_workload\.json"):
             import_folder(tmp_path, store, device=DEVICE, sm_percent=50, sm_count=1, team="")
@@ -374,7 +405,7 @@ class TestRecordDatabase:
         for count in (1, 3, 8):
             bring_in(stock, store, sm_count=count)
         database = database_of(store, sm_count=4, strict=False)
-        with caplog.at_level(logging.WARNING, logger="tuner_client.records"):
+        with caplog.at_level(logging.WARNING, logger="tuner_client.selection"):
             assert scheduled(apply(stock.model, stock.target, database)) == ["fused_matmul_relu"]
         assert "nearest: AMD EPYC 9B14 with 3 SMs" in caplog.text
         assert scheduled(apply(stock.model, stock.target, database_of(store, sm_count=4))) == []
@@ -405,6 +436,12 @@ class TestRecordDatabase:
             database = database_of(address)
             assert scheduled(apply(stock.model, stock.target, database)) == ["fused_matmul_relu"]
             database.close()
+
+    def test_a_store_needs_to_be_told_what_is_built_for(self, store: RecordStore) -> None:
+        from tuner_client.records import RecordDatabase
+
+        with pytest.raises(UsageError, match="device_model, sm_count and target"):
+            RecordDatabase(store, sm_percent=25)
 
     def test_an_unreachable_server_is_one_clear_line_even_from_inside_a_pass(self, stock: Stock) -> None:
         database = database_of("127.0.0.1:9")

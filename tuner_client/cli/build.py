@@ -18,9 +18,18 @@ from tuner_client.request import check_model_path, check_output, check_sm_percen
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write.")
 @click.option("--input-shape", multiple=True, metavar="NAME=SHAPE", help="Of an open input; repeatable.")
 @click.option("--target", default="auto", metavar="auto|JSON", help="TVM target.  [default: auto, the server's own]")
+@click.option(
+    "--nearest-share", is_flag=True, help="For operators without a record of this share, the nearest one, and say so."
+)
 @session_options
 def build_command(
-    session: Session, model: Path, sm_percent: int, output: Path, input_shape: tuple[str, ...], target: str
+    session: Session,
+    model: Path,
+    sm_percent: int,
+    output: Path,
+    input_shape: tuple[str, ...],
+    target: str,
+    nearest_share: bool,
 ) -> None:
     """Build MODEL from records for a share of the server's device, without measuring anything.
 
@@ -38,6 +47,7 @@ def build_command(
             output=output,
             input_shapes=shapes,
             target=json.loads(target_json) if target_json else None,
+            strict=not nearest_share,
         )
     session.close_view()
     if session.as_json:
@@ -48,5 +58,9 @@ def build_command(
         session.show(f"  no record: {name}")
     for name, reason in report.invalid.items():
         session.show(f"  its record does not apply: {name}: {reason}")
+    for trial_id, reason in report.passed_over.items():
+        session.show(f"  record {trial_id[:12]} does not apply, passed over: {reason}")
+    for line in report.looser.values():
+        session.show(f"  looser: {line}")
     if report.missing:
         session.show(f"tune them with: tuner-client tune {model} --sm-percent {sm_percent}")
