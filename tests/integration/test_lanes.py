@@ -192,9 +192,7 @@ def test_a_worker_without_its_share_is_not_used_and_the_next_job_finds_the_devic
                     lies(0, "cpu", server.devices[0].partitions[0].kind, share, 64, CORES) for share in shares
                 ],
             )
-            with pytest.raises(
-                TunerError, match=r"sees 2 cores instead of the 64 of its share of 100 %: it is not used"
-            ):
+            with pytest.raises(TunerError, match="sees 2 cores instead of the 64 of its share of 100 %"):
                 async with server.lane(100):
                     pytest.fail("a lane without its share")
             assert server.workers() == []

@@ -49,6 +49,28 @@ def find_control(name: str = CONTROL) -> str | None:
     return shutil.which(name)
 
 
+async def control_version(control: str) -> str:
+    """What the control program says of its version, in one line; empty when it does not say."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            control,
+            "-v",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError:
+        return ""
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), _COMMAND_TIMEOUT_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return ""
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[0] if lines else ""
+
+
 def pipe_directory_for(directory: Path) -> Path:
     """Where the daemon's sockets go: in ``directory`` if their paths fit into a socket address, else a short stand-in.
 

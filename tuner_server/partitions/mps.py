@@ -17,7 +17,7 @@ from typing import Any
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
 from tuner_server.gpu.inventory import GpuInfo
-from tuner_server.gpu.mps import MpsDaemon, find_control
+from tuner_server.gpu.mps import MpsDaemon, control_version, find_control
 from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
 from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
 from tuner_server.partitions.exclusive import device_info
@@ -67,9 +67,11 @@ class MpsPartitions:
         self._facts: DeviceFacts | None = None
         self._shares: SmShares | None = None
         self._limits_memory = True
+        self._version = ""
         control = control or find_control()
         if control is None:
             raise TunerError("nvidia-cuda-mps-control is not installed")
+        self._control = control
         self.daemon = MpsDaemon(gpu.uuid, directory, control=control, external=external)
 
     @property
@@ -85,7 +87,10 @@ class MpsPartitions:
     def describe(self) -> tuple[str, ...]:
         """The daemon, and the SM counts that were read back."""
         whose = "the operator's" if self.daemon.external else f"own, pid {self.daemon.pid}"
-        lines = [f"MPS control daemon ({whose}) answers, pipes in {self.daemon.pipe_directory}"]
+        state = f"answers, pipes in {self.daemon.pipe_directory}" if self._shares is not None else "is not running"
+        lines = [f"MPS control daemon ({whose}) {state}"]
+        if self._version:
+            lines.append(f"MPS: {self._version}")
         if self._shares is not None:
             seen = ", ".join(f"{count} at {share} %" for share, count in sorted((self._shares.seen or {}).items()))
             lines.append(f"SMs seen: {seen}, {self._shares.total} at 100 %")
@@ -107,6 +112,7 @@ class MpsPartitions:
         await self.daemon.start()
         try:
             self._facts = await self._ask(100)
+            self._version = await control_version(self._control)
             # Together, not one by one: a context costs most of a second. It is also the first test of several clients.
             capped, self._limits_memory = await asyncio.gather(
                 asyncio.gather(*(self._ask(share) for share in _PROBED_SHARES)),
