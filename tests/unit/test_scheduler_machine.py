@@ -328,3 +328,53 @@ def test_what_is_hopeless_is_judged_against_the_best_known_at_that_moment() -> N
     assert isinstance(run, m.RunTrial)
     machine.handle(m.TrialMeasured(0, 0, "t0c0", 40.0))
     assert machine.tasks[0].hopeless_above_us == pytest.approx(60.0)
+
+
+def test_an_operator_that_another_job_tunes_is_waited_for_and_taken_from_there() -> None:
+    machine = machine_for([TaskPlan("a", 1, True), TaskPlan("b", 1, True)], 64, batch=8)
+    engine = SimulatedEngine(machine)
+    engine._take(machine.handle(m.Started({}, {1: "host-b/job-9"})))
+    while engine.pending:  # everything that can be done without b
+        for event in engine._answer(engine.pending.pop()):
+            engine._take(machine.handle(event))
+    assert machine.finished is None
+    assert engine.measured == {0: 32}  # b's half of the budget is kept for the case that the other job dies
+    assert any("host-b/job-9" in line for line in engine.said)
+    published = m.KnownTrial("elsewhere", 7.0)
+    known = m.Known(trials=(published,), best_verified=published, best_trial_id="id-elsewhere")
+    engine._take(machine.handle(m.ClaimTaken(1, known)))
+    while engine.finish is None:
+        for event in engine._answer(engine.pending.pop()):
+            engine._take(machine.handle(event))
+    assert engine.finish.state is JobState.DONE
+    assert machine.tasks[1].state is TaskState.REUSED
+    assert machine.tasks[1].best_us == 7.0
+    assert engine.measured == {0: 32}
+
+
+def test_an_operator_whose_holder_dies_is_tuned_with_what_was_kept_for_it() -> None:
+    machine = machine_for([TaskPlan("a", 1, True), TaskPlan("b", 1, True)], 64, batch=8)
+    engine = SimulatedEngine(machine)
+    engine._take(machine.handle(m.Started({}, {1: "host-b/job-9"})))
+    half_done = tuple(m.KnownTrial(f"t1c{1000 + n}", 50.0) for n in range(5))
+    engine._take(machine.handle(m.ClaimTaken(1, m.Known(trials=half_done))))
+    while engine.finish is None:
+        for event in engine._answer(engine.pending.pop(engine.random.randrange(len(engine.pending)))):
+            engine._take(machine.handle(event))
+    assert machine.tasks[1].state is TaskState.TUNED
+    assert machine.tasks[1].reused == 5
+    assert sum(engine.measured.values()) == 64
+    assert engine.measured[1] > 0
+
+
+def test_a_job_that_needs_no_trials_waits_for_nobody() -> None:
+    published = m.KnownTrial("stored", 7.0)
+    machine = machine_for([TaskPlan("a", 1, True)], 8, batch=8)
+    known = m.Known(trials=tuple(m.KnownTrial(f"t0c{n}", 9.0) for n in range(8)), best_verified=published)
+    out = machine.handle(m.Started({0: known}, {0: "host-b/job-9"}))
+    assert machine.tasks[0].waiting_for == ""
+    (baseline,) = [step for step in out if isinstance(step, m.MeasureBaseline)]
+    out = machine.handle(m.BaselineMeasured(baseline.task, "fallback", 20.0))
+    assert any(isinstance(step, m.MeasureModel) for step in out)
+    machine.handle(m.ClaimTaken(0, m.Known()))  # too late to matter
+    assert machine.tasks[0].state is TaskState.REUSED

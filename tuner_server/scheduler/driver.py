@@ -18,6 +18,8 @@ from tuner_server.scheduler.machine import JobMachine
 from tuner_server.scheduler.performer import Performer
 from tuner_server.scheduler.progress import TaskPlan
 from tuner_server.scheduler.report import JobFacts, device_facts, queued_status, running_status
+from tuner_server.scheduler.single_flight import SingleFlight
+from tuner_server.scheduler.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,12 @@ class JobRun:
         plans = [TaskPlan(task.name, task.weight, task.tunable) for task in facts.spec.tasks]
         self._machine = JobMachine(plans, facts.spec.trials, engine.limits)
         self._events: asyncio.Queue[m.Event | BaseException] = asyncio.Queue()
-        self._performer = Performer(facts, engine, committer, self._machine.tasks, self._events.put_nowait)
+        own = {task.workload.digest for task in facts.spec.tasks}
+        transfer = None if facts.spec.refresh else Transfer(store, own)
+        self._performer = Performer(facts, engine, committer, self._machine.tasks, self._events.put_nowait, transfer)
+        self._flight = SingleFlight(store, f"{facts.instance}/{facts.job}", self._claim_taken)
+        self._letting_go: set[asyncio.Task[None]] = set()
+        self._final: set[int] = set()
 
     @property
     def status(self) -> tuning_pb2.JobStatus:
@@ -91,6 +98,8 @@ class JobRun:
         finally:
             self._ended_at = time.monotonic()
             await self._performer.stop()
+            await asyncio.gather(*self._letting_go, return_exceptions=True)
+            await self._flight.stop()
             if self._machine.finished is None:
                 log.info("%s: interrupted; what was measured is stored", self.facts.job)
 
@@ -98,12 +107,17 @@ class JobRun:
         engine, spec = self._engine, self.facts.spec
         device_facts(self._base, engine)
         await self._performer.add_workloads()
-        known: dict[int, m.Known] = {}
-        for index in range(len(spec.tasks)):
-            known[index] = await asyncio.to_thread(
-                known_trials, self._store, self._performer.key(index), self.facts.job, refresh=spec.refresh
-            )
-        self._handle(m.Started(known))
+        tunable = [index for index, task in enumerate(spec.tasks) if task.tunable]
+        held = {} if spec.refresh else await self._flight.begin({i: self._performer.key(i) for i in tunable})
+        known = {index: await self._known(index) for index in range(len(spec.tasks))}  # looked up after the claims
+        self._handle(m.Started(known, held))
+
+    async def _known(self, index: int) -> m.Known:
+        key, spec = self._performer.key(index), self.facts.spec
+        return await asyncio.to_thread(known_trials, self._store, key, self.facts.job, refresh=spec.refresh)
+
+    async def _claim_taken(self, index: int) -> None:
+        self._events.put_nowait(m.ClaimTaken(index, await self._known(index)))
 
     def _handle(self, event: m.Event) -> None:
         said = ""
@@ -114,5 +128,11 @@ class JobRun:
                 self._on_change(said)
             else:
                 self._performer.perform(instruction)
+        for index, task in enumerate(self._machine.tasks):
+            if task.state.final and index not in self._final:
+                self._final.add(index)
+                letting_go = asyncio.create_task(self._flight.let_go(index))
+                self._letting_go.add(letting_go)
+                letting_go.add_done_callback(self._letting_go.discard)
         if not said:
             self._on_change("")

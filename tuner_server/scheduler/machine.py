@@ -56,7 +56,9 @@ class JobMachine:
         out: list[m.Instruction] = []
         match event:
             case m.Started():
-                self._start(event.known, out)
+                self._start(event, out)
+            case m.ClaimTaken():
+                self._claim_taken(event, out)
             case m.BaselineMeasured():
                 self._baseline(event.task, m.KnownTrial(event.trace, event.median_us))
             case m.BaselineFailed():
@@ -92,35 +94,70 @@ class JobMachine:
 
     # Start and baselines
 
-    def _start(self, known: Mapping[int, m.Known], out: list[m.Instruction]) -> None:
+    def _start(self, event: m.Started, out: list[m.Instruction]) -> None:
         self.phase = "baseline"
         histories = []
         for index, task in enumerate(self.tasks):
-            have = known.get(index, m.Known())
+            have = event.known.get(index, m.Known())
             if have.baseline is not None:
                 self._baseline(index, have.baseline)
             else:
                 self._baselines_missing.add(index)
                 out.append(m.MeasureBaseline(index))
-            if not task.plan.tunable:
-                continue
-            task.known = have.trials
-            task.results = {trial.trace: trial.median_us for trial in have.trials if trial.median_us is not None}
-            task.kept = set(task.ranked()[: self.limits.top_k])
-            task.measured = have.own
-            task.failures = Counter(have.own_failed)
-            task.reused = len(have.trials) - have.own
-            task.published = have.best_verified
-            task.published_is_fallback = have.best_is_fallback
-            task.best_trial_id = have.best_trial_id
-            task.best_us = min(task.results.values(), default=None)
-            if have.best_verified is not None:
-                task.best_us = have.best_verified.median_us
-            histories.append(TaskHistory(len(have.trials), have.best_verified is not None))
+            if task.plan.tunable:
+                self._know(task, have)
+                histories.append(TaskHistory(len(have.trials), have.best_verified is not None))
         self.unassigned = new_trials(self.trials, histories)
         reused = sum(task.reused for task in self.tasks)
         if reused:
             out.append(m.Say(f"the store holds {reused} trials of these operators; {self.unassigned} new ones follow"))
+        self._set_aside(event.held, len(histories), out)
+
+    def _know(self, task: TaskProgress, have: m.Known) -> None:
+        task.known = have.trials
+        task.results = {trial.trace: trial.median_us for trial in have.trials if trial.median_us is not None}
+        task.kept = set(task.ranked()[: self.limits.top_k])
+        task.measured = have.own
+        task.failures = Counter(have.own_failed)
+        task.reused = len(have.trials) - have.own
+        task.published = have.best_verified
+        task.published_is_fallback = have.best_is_fallback
+        task.best_trial_id = have.best_trial_id
+        task.best_us = min(task.results.values(), default=None)
+        if have.best_verified is not None:
+            task.best_us = have.best_verified.median_us
+
+    # Tasks that another job tunes
+
+    def _set_aside(self, held: Mapping[int, str], tunable: int, out: list[m.Instruction]) -> None:
+        """Keep the fair share of tasks that are being tuned elsewhere, for the case that nothing comes of that."""
+        held = {index: holder for index, holder in held.items() if self.tasks[index].published is None}
+        if not held or not self.unassigned:
+            return
+        for index, holder in held.items():
+            task = self.tasks[index]
+            task.waiting_for = holder
+            task.set_aside = min(self.unassigned, max(0, max(MIN_TRIALS, self.trials // tunable) - len(task.known)))
+            self.unassigned -= task.set_aside
+        holders = ", ".join(sorted(set(held.values())))
+        what = "1 operator is" if len(held) == 1 else f"{len(held)} operators are"
+        out.append(m.Say(f"{what} being tuned by {holders} at this moment: the records will be taken from there"))
+
+    def _claim_taken(self, event: m.ClaimTaken, out: list[m.Instruction]) -> None:
+        task = self.tasks[event.task]
+        holder, task.waiting_for = task.waiting_for, ""
+        if not holder:
+            return
+        aside, task.set_aside = task.set_aside, 0
+        self._know(task, event.known)
+        if event.known.baseline is not None and event.task in self._baselines_missing:
+            self._baseline(event.task, event.known.baseline)
+        if task.published is not None:
+            out.append(m.Say(f"{task.plan.name}: taken from {holder}, {task.reused} trials"))
+            return
+        out.append(m.Say(f"{task.plan.name}: {holder} left it without a result; it is tuned here"))
+        task.chosen = aside > 0
+        self.unassigned += aside
 
     def _baseline(self, index: int, trial: m.KnownTrial) -> None:
         searching.take_baseline(self.tasks[index], trial)
@@ -133,7 +170,7 @@ class JobMachine:
     def _choose(self, out: list[m.Instruction]) -> bool:
         """Decide which tasks get trials; False while that still waits for baselines."""
         open_tasks = {i: t for i, t in enumerate(self.tasks) if t.plan.tunable and t.state is TaskState.PENDING}
-        undecided = {i: t for i, t in open_tasks.items() if not t.chosen}
+        undecided = {i: t for i, t in open_tasks.items() if not t.chosen and not t.waiting_for}
         if not undecided or self._warned_budget:
             return True
         need = sum(max(0, MIN_TRIALS - len(t.known)) for t in undecided.values())
@@ -192,7 +229,7 @@ class JobMachine:
 
     def _settle_unchosen(self) -> None:
         for index, task in enumerate(self.tasks):
-            settled = task.published is not None or task.known
+            settled = task.published is not None or task.known or task.waiting_for
             if task.plan.tunable and not task.state.final and not task.chosen and not settled:
                 if index in self._baselines_missing:
                     continue
@@ -267,7 +304,7 @@ class JobMachine:
 
     def _end_tasks(self, out: list[m.Instruction]) -> None:
         for index, task in enumerate(self.tasks):
-            busy = task.batches or task.promoting or task.state.final
+            busy = task.batches or task.promoting or task.state.final or task.waiting_for
             if not task.plan.tunable or busy or index in self._baselines_missing:
                 continue
             if self.unassigned > 0 and task.chosen and not task.exhausted:

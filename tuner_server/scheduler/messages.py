@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tuner_core.model import FailureKind, JobState
 from tuner_server.search.messages import KnownTrial as KnownTrial
@@ -28,6 +29,7 @@ class Known:
     best_trial_id: str = ""
     best_is_fallback: bool = False
     baseline: KnownTrial | None = None
+    baseline_trial_id: str = ""
 
 
 # Events
@@ -35,9 +37,23 @@ class Known:
 
 @dataclass(frozen=True)
 class Started:
-    """The job begins, or goes on after an interruption. One entry per task, by index."""
+    """The job begins, or goes on after an interruption.
+
+    Attributes:
+        known: One entry per task, by index.
+        held: Tasks that another job tunes at this moment, with its name: their records are awaited.
+    """
 
     known: Mapping[int, Known]
+    held: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClaimTaken:
+    """A task that another job held is this job's now: it has published what ``known`` has, or has died."""
+
+    task: int
+    known: Known
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class BaselineMeasured:
     task: int
     trace: str = field(repr=False)
     median_us: float = 0.0
+    trial_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class TrialMeasured:
     batch: int
     trace: str = field(repr=False)
     median_us: float = 0.0
+    trial_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,16 @@ class TrialFailed:
     trace: str = field(repr=False)
     kind: FailureKind = FailureKind.RUN_ERROR
     message: str = ""
+    trial_id: str = ""
+
+
+@dataclass(frozen=True)
+class TrialDropped:
+    """A trial was abandoned before it was measured."""
+
+    task: int
+    batch: int
+    trace: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -145,6 +173,7 @@ class CancelRequested:
 
 Event = (
     Started
+    | ClaimTaken
     | BaselineMeasured
     | BaselineFailed
     | CandidatesReady
@@ -152,6 +181,7 @@ Event = (
     | SessionLost
     | TrialMeasured
     | TrialFailed
+    | TrialDropped
     | Promoted
     | Checked
     | ModelMeasured
@@ -193,6 +223,15 @@ class RunTrial:
     task: int
     batch: int
     trace: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Drop these trials of a batch, unless they are built already."""
+
+    task: int
+    batch: int
+    traces: tuple[str, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -268,6 +307,7 @@ Instruction = (
     | OpenSession
     | Generate
     | RunTrial
+    | Abandon
     | Report
     | CloseSession
     | Forget
@@ -277,3 +317,13 @@ Instruction = (
     | Say
     | Finish
 )
+
+
+class Sink(Protocol):
+    """Where the steps of a state machine put instructions: a list of them, or of these and others."""
+
+    def append(self, instruction: Instruction, /) -> None:
+        """Add one."""
+
+    def extend(self, instructions: Iterable[Instruction], /) -> None:
+        """Add several, in order."""

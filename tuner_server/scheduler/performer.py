@@ -13,6 +13,7 @@ from typing import Any
 
 from tuner_core.model import EvaluatorSettings, FailureKind, Origin, Record, RecordKey, Workload, trial_id
 from tuner_core.store.wire import workload_from_message
+from tuner_server import timeline
 from tuner_server.build.pool import Artifact
 from tuner_server.lanes.lane import Lane
 from tuner_server.measure.requests import Measurement, MeasureRequest
@@ -20,6 +21,7 @@ from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.progress import TaskProgress
 from tuner_server.scheduler.report import JobFacts
+from tuner_server.scheduler.transfer import Transfer
 from tuner_server.search.messages import SearchFailed, SearchLost
 from tuner_server.trial import TrialFailed
 
@@ -35,6 +37,7 @@ class Performer:
         committer: Stores what was measured before it counts.
         tasks: What is known of the job's tasks; read only.
         emit: Takes events, and exceptions that nothing can be made of.
+        transfer: What past records of other operators and shares give to a search; None: nothing.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Performer:
         committer: Committer,
         tasks: Sequence[TaskProgress],
         emit: Callable[[m.Event | BaseException], None],
+        transfer: Transfer | None = None,
     ) -> None:
         self.facts = facts
         self.lane = lane
@@ -51,9 +55,11 @@ class Performer:
         self._committer = committer
         self._tasks = tasks
         self._emit = emit
+        self._transfer = transfer
         self._work: set[asyncio.Task[None]] = set()
         self._artifacts: dict[tuple[int, str], Artifact] = {}
         self._alone: dict[tuple[int, str], Measurement] = {}
+        self._unbuilt: dict[tuple[int, str], asyncio.Task[None]] = {}
         self._opening: dict[int, asyncio.Task[None]] = {}
         self._references: dict[int, asyncio.Task[Path | None]] = {}
         self._evaluator = lane.evaluator
@@ -74,6 +80,11 @@ class Performer:
 
     def perform(self, instruction: m.Instruction) -> None:
         """Begin with an instruction; what comes of it is emitted later."""
+        index = getattr(instruction, "task", None)
+        with timeline.of_task("whole model" if index is None else self.workloads[index].description):
+            self._begin(instruction)
+
+    def _begin(self, instruction: m.Instruction) -> None:
         match instruction:
             case m.MeasureBaseline():
                 self._start(self._baseline(instruction))
@@ -82,7 +93,9 @@ class Performer:
             case m.Generate():
                 self._start(self._generate(instruction))
             case m.RunTrial():
-                self._start(self._trial(instruction))
+                self._unbuilt[instruction.task, instruction.trace] = self._start(self._trial(instruction))
+            case m.Abandon():
+                self._abandon(instruction)
             case m.Report():
                 self._start(self._report(instruction))
             case m.CloseSession():
@@ -118,6 +131,7 @@ class Performer:
 
     async def _open(self, wanted: m.OpenSession) -> None:
         seed = (self.facts.spec.seed + wanted.task * 7919) % (2**31 - 2) + 1
+        key = self.key(wanted.task)
         try:
             await self.lane.search.open(
                 self._session(wanted.task),
@@ -125,6 +139,8 @@ class Performer:
                 self.lane.target_json,
                 seed=seed,
                 known=wanted.known,
+                seeds=await self._transfer.seeds(key) if self._transfer else (),
+                lessons=await self._transfer.lessons(key) if self._transfer else (),
             )
         except (SearchFailed, SearchLost) as error:
             log.warning("%s: cannot open a search: %s", self.facts.spec.tasks[wanted.task].name, error)
@@ -152,8 +168,11 @@ class Performer:
     async def _trial(self, wanted: m.RunTrial) -> None:
         workload = self.workloads[wanted.task]
         try:
-            with self.lane.gathering.building():
-                artifact = await self.lane.build.build(workload, wanted.trace, self.lane.target_json)
+            try:
+                with self.lane.gathering.building():
+                    artifact = await self.lane.build.build(workload, wanted.trace, self.lane.target_json)
+            finally:
+                self._unbuilt.pop((wanted.task, wanted.trace), None)
             request = self._request(workload, artifact, self._tasks[wanted.task].hopeless_above_us)
             try:
                 await self.lane.gathering.gathered()
@@ -162,12 +181,21 @@ class Performer:
                 self.lane.build.release(artifact)
                 raise
         except TrialFailed as failure:
-            await self._commit(self._record(workload, wanted.trace, failure=failure))
-            self._emit(m.TrialFailed(wanted.task, wanted.batch, wanted.trace, failure.kind, str(failure)))
+            record = await self._commit(self._record(workload, wanted.trace, failure=failure))
+            self._emit(
+                m.TrialFailed(wanted.task, wanted.batch, wanted.trace, failure.kind, str(failure), record.trial_id)
+            )
             return
         self._keep(wanted.task, wanted.trace, artifact)
-        await self._commit(self._record(workload, wanted.trace, measurement=measurement))
-        self._emit(m.TrialMeasured(wanted.task, wanted.batch, wanted.trace, measurement.median_us))
+        record = await self._commit(self._record(workload, wanted.trace, measurement=measurement))
+        self._emit(m.TrialMeasured(wanted.task, wanted.batch, wanted.trace, measurement.median_us, record.trial_id))
+
+    def _abandon(self, wanted: m.Abandon) -> None:
+        for trace in wanted.traces:
+            work = self._unbuilt.pop((wanted.task, trace), None)
+            if work is not None:
+                work.cancel()
+                self._emit(m.TrialDropped(wanted.task, wanted.batch, trace))
 
     async def _baseline(self, wanted: m.MeasureBaseline) -> None:
         workload = self.workloads[wanted.task]
@@ -180,8 +208,10 @@ class Performer:
         except TrialFailed as failure:
             self._emit(m.BaselineFailed(wanted.task, str(failure)))
             return
-        await self._commit(self._record(workload, built.trace, measurement=measurement, origin=Origin.FALLBACK))
-        self._emit(m.BaselineMeasured(wanted.task, built.trace, measurement.median_us))
+        record = await self._commit(
+            self._record(workload, built.trace, measurement=measurement, origin=Origin.FALLBACK)
+        )
+        self._emit(m.BaselineMeasured(wanted.task, built.trace, measurement.median_us, record.trial_id))
 
     def _request(self, workload: Workload, artifact: Artifact, give_up_above_us: float | None = None) -> MeasureRequest:
         return MeasureRequest(
@@ -203,8 +233,9 @@ class Performer:
         if artifact is not None:
             self.lane.build.release(artifact)
 
-    async def _commit(self, record: Record) -> None:
+    async def _commit(self, record: Record) -> Record:
         await self._committer.commit(record)
+        return record
 
     def _record(
         self,
@@ -356,6 +387,7 @@ class Performer:
 
     async def stop(self) -> None:
         """Cancel what is under way, close sessions, delete what was built."""
+        self._unbuilt.clear()
         for work in list(self._work):
             work.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)

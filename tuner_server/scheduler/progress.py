@@ -76,6 +76,8 @@ class TaskProgress:
     exhausted: bool = False
     new_trials: int = 0
     chosen: bool = False
+    waiting_for: str = ""
+    set_aside: int = 0
     promoting: bool = False
     promoted: list[m.KnownTrial] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import Collection
 
+from tuner_core.errors import TunerError
 from tuner_core.model import Origin, Record, RecordKey
 from tuner_core.store.interface import RecordFilter, RecordStore
 from tuner_server.search.messages import Lesson
+
+log = logging.getLogger(__name__)
 
 MAX_SEEDS = 8
 MAX_LESSONS = 1000
@@ -69,3 +74,35 @@ def lessons(store: RecordStore, key: RecordKey, own: Collection[str], limit: int
             of_task[record.workload_digest] += 1
             taken.append(Lesson(record.workload_digest, record.trace, record.median_us))
     return taken
+
+
+class Transfer:
+    """What the store gives to the tasks of one job. Nothing is worth failing for: a store out of reach gives nothing.
+
+    Args:
+        store: The record store.
+        own: Digests of the job's workloads.
+    """
+
+    def __init__(self, store: RecordStore, own: Collection[str]) -> None:
+        self._store = store
+        self._own = frozenset(own)
+        self._lessons: asyncio.Task[list[Lesson]] | None = None
+
+    async def seeds(self, key: RecordKey) -> list[str]:
+        """See :func:`seeds`."""
+        try:
+            return await asyncio.to_thread(seeds, self._store, key)
+        except TunerError as error:
+            log.warning("no schedules of other shares: %s", error)
+            return []
+
+    async def lessons(self, key: RecordKey) -> list[Lesson]:
+        """See :func:`lessons`; looked up once for the whole job."""
+        if self._lessons is None:
+            self._lessons = asyncio.create_task(asyncio.to_thread(lessons, self._store, key, self._own))
+        try:
+            return await asyncio.shield(self._lessons)
+        except TunerError as error:
+            log.warning("no lessons of other operators: %s", error)
+            return []
