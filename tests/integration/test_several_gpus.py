@@ -1,4 +1,4 @@
-"""A server with several GPUs: drivers and MPS daemons are stand-ins, the workers are real ones that measure on a core."""
+"""A server with several GPUs: drivers and MPS daemons are stand-ins, the workers are real and measure on a core."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_job_runs_on_every_gpu_with_its_share_and_target_and_each_measurement_
 
             async with server.lane(
                 100
-            ) as whole:  # not on offer anywhere: free GPUs of the first model are divided anew
+            ) as whole:  # not on offer: the free GPUs are divided anew
                 assert whole.device_uuids == (h200.uuid, other.uuid)
                 assert [device.shares for device in server.devices] == [(100,), (25,), (100,)]
             async with server.lane(50):
