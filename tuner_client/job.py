@@ -36,7 +36,8 @@ class TaskReport:
         baseline_latency_us: Latency of the fallback schedule, None when not measured.
         best_latency_us: Best latency known, None when there is none.
         verified: The best one was measured again alone on the device, and its output is right.
-        instance: Server that tuned it.
+        instance: Server that tuned it; of a sharded job its address, the last one when it moved.
+        trials_by_instance: Of a sharded job: who measured how many of them, by address.
         error: Why it failed or was left to the fallback schedule, for people.
     """
 
@@ -56,6 +57,7 @@ class TaskReport:
     instance: str = ""
     error: str = ""
     best_trial_id: str = ""
+    trials_by_instance: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
@@ -83,6 +85,46 @@ class TaskReport:
             "instance": self.instance,
             "error": self.error or None,
             "trial_id": self.best_trial_id or None,
+            "trials_by_instance": dict(self.trials_by_instance),
+        }
+
+
+@dataclass(frozen=True)
+class InstanceReport:
+    """One server instance of a sharded job.
+
+    Attributes:
+        address: As it was named, or what its name stood for.
+        name: What it calls itself; changes when it restarts.
+        state: healthy, suspect, slow, draining, dead, connecting, or ``left out``.
+        trials: Measured by it and counted.
+        late: Results of leases that it had lost: kept as records, not counted.
+        tasks: What it holds now.
+        doing: In its own words.
+        reason: Why it is dead or left out.
+    """
+
+    address: str
+    name: str = ""
+    state: str = "connecting"
+    trials: int = 0
+    late: int = 0
+    trials_per_s: float = 0.0
+    tasks: tuple[str, ...] = ()
+    doing: str = ""
+    reason: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """The instance's entry in the JSON document."""
+        return {
+            "address": self.address,
+            "name": self.name,
+            "state": self.state,
+            "trials": self.trials,
+            "late": self.late,
+            "trials_per_s": round(self.trials_per_s, 3),
+            "tasks": list(self.tasks),
+            "reason": self.reason or None,
         }
 
 
@@ -101,6 +143,7 @@ class JobReport:
         created_at: Seconds since the epoch.
         output: File that was built, if one was.
         coverage: Of the built file: how many operators run a tuned schedule.
+        instances: Of a job that is sharded over several servers: who they are and what they did.
     """
 
     job: str
@@ -129,6 +172,7 @@ class JobReport:
     instance: str = ""
     output: str = ""
     coverage: Mapping[str, Any] | None = None
+    instances: tuple[InstanceReport, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -176,6 +220,7 @@ class JobReport:
             "trials_per_s": round(self.trials_per_s, 3),
             "team": self.team,
             "instance": self.instance,
+            "instances": [instance.document() for instance in self.instances],
             "tvm_version": self.tvm_version,
             "created_at": self.created_at,
         }

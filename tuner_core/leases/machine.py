@@ -64,6 +64,7 @@ class LeaseMachine:
         self._model_at: str | None = None
         self._model_attempts = 0
         self._chosen = False
+        self._stopping = False
         self._take_in(known or {})
 
     @property
@@ -136,10 +137,15 @@ class LeaseMachine:
                 self._model_not_measured(event, out)
             case m.Tick():
                 place = self._tick(out)
+            case m.StopRequested():
+                self._stopping = True
+                for one in board.instances.values():
+                    for lease in list(one.leases.values()):
+                        self._revoke(lease, out)
             case m.CancelRequested():
                 self._revoke_all(out)
                 self._finish(JobState.CANCELLED, "", out)
-        if place and self.finished is None:
+        if place and self.finished is None and not self._stopping:
             self._advance(out)
         return out
 

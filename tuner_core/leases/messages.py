@@ -173,6 +173,13 @@ class CancelRequested:
     now_s: float
 
 
+@dataclass(frozen=True)
+class StopRequested:
+    """Whoever drives the job leaves: leases are given back, none is given any more."""
+
+    now_s: float
+
+
 Event = (
     InstanceJoined
     | InstanceGone
@@ -188,6 +195,7 @@ Event = (
     | ModelNotMeasured
     | Tick
     | CancelRequested
+    | StopRequested
 )
 
 # Instructions

@@ -1,0 +1,429 @@
+"""Performs what the lease state machine decides, over gRPC: one event loop, one event stream for each instance."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from tuner_client.job import JobReport
+from tuner_client.progress import Progress
+from tuner_client.sharding.admission import JobFacts, mismatch
+from tuner_client.sharding.gathering import Gatherer
+from tuner_client.sharding.history import records_of
+from tuner_client.sharding.journal import ShardJournal
+from tuner_client.sharding.link import InstanceLink
+from tuner_client.sharding.report import ShardedJob, job_report
+from tuner_core.errors import ConflictError, DeadlineError, NotFoundError, TunerError, UnavailableError
+from tuner_core.leases import messages as m
+from tuner_core.leases.machine import LeaseMachine
+from tuner_core.leases.state import LeaseSettings
+from tuner_core.model import JobState, RecordKey, target_digest
+from tuner_core.proto.tuner.v1 import leases_pb2 as pb
+from tuner_core.store.interface import RecordStore
+
+OPEN_TIMEOUT_S = 120.0
+MODEL_TIMEOUT_S = 1_800.0
+LEAVE_S = 5.0
+_SETTLE_S = 10.0
+_REPORT_S = 0.5
+_JOURNAL_S = 2.0
+_RETRY_S = (0.2, 0.5, 1.0, 2.0)
+
+
+class ShardDriver:
+    """One sharded job, from the first lease to the end.
+
+    Args:
+        job: What it is.
+        links: Its instances, those that cannot be reached yet included.
+        machine: Decides.
+        store: Where every record goes.
+        gatherer: Brings them there.
+        journal: Remembers the job.
+        progress: Hears what happens.
+        target_given: The target was asked for, so an instance's own may differ from it in what does not matter.
+    """
+
+    def __init__(
+        self,
+        job: ShardedJob,
+        links: Sequence[InstanceLink],
+        machine: LeaseMachine,
+        settings: LeaseSettings,
+        store: RecordStore,
+        gatherer: Gatherer,
+        journal: ShardJournal,
+        progress: Progress,
+        *,
+        target_given: bool,
+    ) -> None:
+        self._job = job
+        self._links = {link.address: link for link in links}
+        self._machine = machine
+        self._settings = settings
+        self._store = store
+        self._gatherer = gatherer
+        self._journal = journal
+        self._progress = progress
+        self._target_given = target_given
+        self._keys = {
+            name: RecordKey(
+                workload.digest, target_digest(job.facts.target_json), job.facts.device_model, job.facts.sm_count
+            )
+            for name, workload in job.workloads.items()
+        }
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._over = asyncio.Event()
+        self._failure: BaseException | None = None
+        self.interrupted = False
+        self._began_s = time.monotonic()
+        self._measured_before = sum(len(task.counted) for task in machine.board.tasks.values())
+
+    def report(self, status: str = "", error: str = "") -> JobReport:
+        """The job's present state."""
+        return job_report(
+            self._job,
+            self._machine,
+            list(self._links.values()),
+            elapsed_s=time.monotonic() - self._began_s,
+            measured_before=self._measured_before,
+            status=status,
+            error=error,
+        )
+
+    async def run(self) -> JobReport:
+        """Until the job has ended, or Ctrl-C (``interrupted`` is set then, and the job is saved)."""
+        loop = asyncio.get_running_loop()
+        handled = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread
+                loop.add_signal_handler(number, self._interrupt)
+                handled.append(number)
+        try:
+            for link in self._links.values():
+                if not link.left_out:
+                    self._watches[link.address] = self._start(self._live(link))
+                    self._start(self._command(link))
+            self._start(self._tick())
+            self._start(self._show())
+            await self._over.wait()
+            if self._failure is not None:
+                raise self._failure
+            return await self._leave() if self.interrupted else await self._end()
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for link in self._links.values():
+                await link.connection.close()
+
+    def _interrupt(self) -> None:
+        if self.interrupted:  # a second Ctrl-C does not wait for anybody
+            self._failure = KeyboardInterrupt()
+        self.interrupted = True
+        self._over.set()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = self._failure or error
+            self._over.set()
+
+    # Events and instructions
+
+    def _now(self) -> float:
+        return time.monotonic()
+
+    def _feed(self, event: m.Event) -> None:
+        for instruction in self._machine.handle(event):
+            match instruction:
+                case m.Say():
+                    self._progress.note(instruction.text)
+                case m.Finish():
+                    self._over.set()
+                case m.Warm():
+                    self._start(self._warm(instruction))
+                case m.MeasureModel():
+                    self._start(self._measure_model(instruction))
+                case m.Grant() | m.Renew() | m.Revoke():
+                    self._links[instruction.instance].commands.put_nowait(instruction)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_s / 4)
+            if self._journal.cancel_wanted:
+                self._feed(m.CancelRequested(self._now()))
+            self._feed(m.Tick(self._now()))
+            for link in self._links.values():
+                state = self._machine.board.instances.get(link.address)
+                if link.joined and state is not None and not state.alive:
+                    # Nobody answers, but its connection looks alive: begin again with a new one.
+                    link.joined = False
+                    self._watches[link.address].cancel()
+                    self._watches[link.address] = self._start(self._live(link, renew=True))
+
+    async def _show(self) -> None:
+        saved_s = 0.0
+        while True:
+            report = self.report()
+            if not self._over.is_set():
+                self._progress.job(report)
+            if self._now() - saved_s >= _JOURNAL_S:
+                saved_s = self._now()
+                await asyncio.to_thread(self._journal.save, report)
+            await asyncio.sleep(_REPORT_S)
+
+    # One instance
+
+    async def _live(self, link: InstanceLink, *, renew: bool = False) -> None:
+        """Reach an instance, open the job there, listen; again and again until the job ends."""
+        failures = 0
+        if renew:
+            await link.reconnect()
+        while True:
+            try:
+                await self._open(link)
+                failures = 0
+                await _first_to_fail(self._watch(link), self._gatherer.follow(link))
+            except TunerError as error:
+                link.trouble = " ".join(str(error).split())
+                if _is_final(error):
+                    link.left_out = link.trouble
+                    self._gone(link, f"is left out: {link.trouble}")
+                    self._progress.note(f"{link.address} is left out: {link.trouble}")
+                    return
+                refused = "refused" in link.trouble
+                if link.joined and (refused or failures > 0):
+                    link.joined = False
+                    self._gone(link, "is gone" if refused else "cannot be reached")
+            await asyncio.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else 0.02)
+            failures += 1
+
+    def _gone(self, link: InstanceLink, reason: str) -> None:
+        while not link.commands.empty():
+            link.commands.get_nowait()
+        self._feed(m.InstanceGone(self._now(), link.address, reason))
+
+    async def _open(self, link: InstanceLink) -> None:
+        """Open the job at an instance.
+
+        Raises:
+            TunerError: It cannot be reached, or has no place in the job.
+        """
+        facts: JobFacts = self._job.facts
+        await link.ask(facts.sm_percent, max(2.0, self._settings.heartbeat_s))
+        assert link.facts is not None
+        if reason := mismatch(link.facts, facts, target_given=self._target_given):
+            raise ConflictError(reason)
+        request = pb.OpenShardRequest(job=self._job.job, spec=self._job.spec, lease_s=self._settings.lease_s)
+        opened = await link.connection.call(link.leases.OpenShard, request, OPEN_TIMEOUT_S)
+        if opened.incarnation != link.incarnation:
+            link.incarnation, link.sequence, link.cursor, link.holds = opened.incarnation, 0, None, set()
+        link.trouble, link.joined = "", True
+        self._feed(
+            m.InstanceJoined(
+                self._now(), link.address, opened.incarnation, opened.workers, opened.batch, opened.draining
+            )
+        )
+
+    async def _watch(self, link: InstanceLink) -> None:
+        request = pb.WatchShardRequest(
+            job=self._job.job,
+            after_sequence=link.sequence,
+            heartbeat_s=self._settings.heartbeat_s / 2,
+            incarnation=link.incarnation,
+        )
+        async for response in link.connection.stream(link.leases.WatchShard, request):
+            if response.incarnation != link.incarnation:
+                break
+            for event in await self._translate(link, response):
+                self._feed(event)
+            link.sequence = max(link.sequence, response.sequence)
+        raise UnavailableError(f"the server at {link.address} ended the job's events")
+
+    async def _translate(self, link: InstanceLink, response: pb.WatchShardResponse) -> list[m.Event]:
+        now_s, name = self._now(), link.address
+        match response.WhichOneof("event"):
+            case "heartbeat":
+                link.doing = response.heartbeat.doing
+                return [m.Heard(now_s, name, response.heartbeat.draining)]
+            case "baseline":
+                base = response.baseline
+                latency_us = base.latency_us if base.HasField("latency_us") else None
+                return [m.BaselineMeasured(now_s, name, base.task, base.token, latency_us, base.trial_id, base.error)]
+            case "trial":
+                trial = response.trial
+                latency_us = trial.latency_us if trial.HasField("latency_us") else None
+                return [
+                    m.TrialFinished(now_s, name, trial.task, trial.token, trial.trial_id, latency_us, trial.failure)
+                ]
+            case "ended":
+                end = response.ended
+                best_us = end.best_latency_us if end.HasField("best_latency_us") else None
+                if end.best_trial_id:
+                    # A published record counts when it is here, too: another may have to build the model with it.
+                    await self._gatherer.settled([end.best_trial_id], self._settings.heartbeat_s)
+                return [
+                    m.LeaseEnded(
+                        now_s,
+                        name,
+                        end.task,
+                        end.token,
+                        end.reason,
+                        end.verified,
+                        best_us,
+                        end.best_trial_id,
+                        end.fallback,
+                        end.error,
+                    )
+                ]
+        return []
+
+    async def _command(self, link: InstanceLink) -> None:
+        """Give, renew and revoke leases, one after the other, so that none overtakes another."""
+        while True:
+            command = await link.commands.get()
+            try:
+                match command:
+                    case m.Grant():
+                        await self._grant(link, command)
+                    case m.Renew():
+                        await self._renew(link, command)
+                    case m.Revoke():
+                        request = pb.RevokeLeaseRequest(job=self._job.job, task=command.task, token=command.token)
+                        await self._call(link, link.leases.RevokeLease, request)
+            except TunerError as error:
+                link.trouble = str(error)
+                if isinstance(command, m.Grant):
+                    self._feed(m.LeaseRefused(self._now(), link.address, command.task, command.token, str(error)))
+
+    async def _call(self, link: InstanceLink, method: Any, request: Any) -> Any:
+        return await link.connection.call(method, request, self._settings.heartbeat_s)
+
+    async def _grant(self, link: InstanceLink, command: m.Grant) -> None:
+        lease = pb.Lease(task=command.task, token=command.token, trials=command.trials, conclude=command.conclude)
+        await self._call(link, link.leases.GrantLease, pb.GrantLeaseRequest(job=self._job.job, lease=lease))
+        self._feed(m.LeaseAccepted(self._now(), link.address, command.task, command.token))
+
+    async def _renew(self, link: InstanceLink, command: m.Renew) -> None:
+        tasks, tokens = zip(*command.leases, strict=True)
+        request = pb.RenewLeasesRequest(job=self._job.job, tasks=tasks, tokens=tokens)
+        response = await self._call(link, link.leases.RenewLeases, request)
+        self._feed(m.Heard(self._now(), link.address, response.draining))
+        for task, token in command.leases:
+            if task in response.lost:
+                self._feed(m.LeaseLost(self._now(), link.address, task, token))
+
+    # Records
+
+    async def _warm(self, work: m.Warm) -> None:
+        link = self._links[work.instance]
+        ledger = self._machine.board.tasks[work.task]
+        try:
+            await self._gatherer.settled(list(ledger.counted), self._settings.heartbeat_s / 4)
+            records = await asyncio.to_thread(records_of, self._store, self._keys[work.task], self._job.job)
+            await self._gatherer.bring(link, records, [self._job.workloads[work.task]])
+        except TunerError as error:
+            self._feed(m.LeaseRefused(self._now(), work.instance, work.task, work.token, str(error)))
+            return
+        self._feed(m.Warmed(self._now(), work.instance, work.task, work.token))
+
+    async def _measure_model(self, work: m.MeasureModel) -> None:
+        link = self._links[work.instance]
+        try:
+            found = [await asyncio.to_thread(self._store.get, trial_id) for trial_id in work.trial_ids.values()]
+            records = [record for record in found if record is not None]
+            workloads = [self._job.workloads[task] for task in work.trial_ids]
+            await self._gatherer.bring(link, records, workloads)
+            request = pb.MeasureModelRequest(job=self._job.job, trial_ids=dict(work.trial_ids))
+            answer = await link.connection.call(link.leases.MeasureModel, request, MODEL_TIMEOUT_S)
+        except TunerError as error:
+            self._feed(m.ModelNotMeasured(self._now(), work.instance, str(error)))
+            return
+        self._feed(
+            m.ModelMeasured(
+                self._now(),
+                work.instance,
+                answer.baseline_latency_us if answer.HasField("baseline_latency_us") else None,
+                answer.tuned_latency_us if answer.HasField("tuned_latency_us") else None,
+                answer.outputs_match if answer.HasField("outputs_match") else None,
+                answer.error,
+            )
+        )
+
+    # The end
+
+    def _counted(self) -> list[str]:
+        tasks = self._machine.board.tasks.values()
+        return [trial for task in tasks for trial in (*task.counted, task.best_trial_id) if trial]
+
+    async def _end(self) -> JobReport:
+        """The job is over: gather what is still on its way, let the instances forget it."""
+        if not await self._gatherer.settled(self._counted(), _SETTLE_S):
+            missing = len(self._gatherer.missing(self._counted()))
+            away = [a for a, one in self._machine.board.instances.items() if not one.alive]
+            self._progress.note(
+                f"{missing} records could not be gathered; they are stored at {', '.join(away) or 'the servers'}"
+            )
+        await self._close_shards()
+        report = self.report()
+        await asyncio.to_thread(self._journal.save, report)
+        return report
+
+    async def _leave(self) -> JobReport:
+        """Ctrl-C: give the leases back, gather what is finished meanwhile, and save."""
+        with self._progress.step("saving the job"):
+            self._feed(m.StopRequested(self._now()))
+            deadline_s = self._now() + LEAVE_S
+            while self._now() < deadline_s and self._holds_leases():
+                await asyncio.sleep(0.1)
+                if self._failure is not None:
+                    break
+            await self._gatherer.settled(self._counted(), 2.0)
+            await self._close_shards()
+            report = self.report(JobState.STOPPED.value)
+            await asyncio.to_thread(self._journal.save, report)
+        return report
+
+    def _holds_leases(self) -> bool:
+        return any(one.alive and one.leases for one in self._machine.board.instances.values())
+
+    async def _close_shards(self) -> None:
+        async def close(link: InstanceLink) -> None:
+            with contextlib.suppress(TunerError):
+                await link.connection.call(link.leases.CloseShard, pb.CloseShardRequest(job=self._job.job), 2.0)
+
+        await asyncio.gather(*(close(link) for link in self._links.values() if link.joined))
+
+
+def _is_final(error: TunerError) -> bool:
+    """Whether trying again is of no use."""
+    return not isinstance(error, UnavailableError | DeadlineError | NotFoundError) and "drain" not in str(error)
+
+
+async def _first_to_fail(*works: Coroutine[Any, Any, None]) -> None:
+    """Run all until one of them ends, cancel the others, raise what it raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
