@@ -55,4 +55,5 @@ def known_trials(store: RecordStore, key: RecordKey, job: str, *, refresh: bool 
         best_trial_id="" if best is None else best.trial_id,
         best_is_fallback=best is not None and best.origin is Origin.FALLBACK,
         baseline=None if baseline is None else KnownTrial(baseline.trace, baseline.median_us),
+        baseline_trial_id="" if baseline is None else baseline.trial_id,
     )

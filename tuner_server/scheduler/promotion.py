@@ -8,7 +8,7 @@ from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.progress import TaskProgress
 
 
-def begin(task: TaskProgress, top_k: int, out: list[m.Instruction]) -> None:
+def begin(task: TaskProgress, top_k: int, out: m.Sink) -> None:
     """Have the best candidates and the fallback schedule measured again, or settle without any."""
     candidates = task.ranked()[:top_k]
     if not candidates:
@@ -34,7 +34,7 @@ def _settle_without_candidate(task: TaskProgress) -> None:
         task.error = task.error or f"no valid candidate in {task.measured} trials"
 
 
-def take_promoted(task: TaskProgress, event: m.Promoted, out: list[m.Instruction]) -> None:
+def take_promoted(task: TaskProgress, event: m.Promoted, out: m.Sink) -> None:
     """The candidates were measured; the fastest is checked first."""
     for trial in event.results:
         if trial.trace == task.baseline_trace and trial.median_us is not None:
@@ -44,7 +44,7 @@ def take_promoted(task: TaskProgress, event: m.Promoted, out: list[m.Instruction
     _check_next(task, out)
 
 
-def _check_next(task: TaskProgress, out: list[m.Instruction]) -> None:
+def _check_next(task: TaskProgress, out: m.Sink) -> None:
     if not task.promoted:
         task.state = TaskState.FAILED
         task.best_us = task.baseline_us
@@ -56,7 +56,7 @@ def _check_next(task: TaskProgress, out: list[m.Instruction]) -> None:
     out.append(m.Check(task.index, best.trace, best.median_us or 0.0, fallback=best.trace == task.baseline_trace))
 
 
-def take_checked(task: TaskProgress, event: m.Checked, out: list[m.Instruction]) -> None:
+def take_checked(task: TaskProgress, event: m.Checked, out: m.Sink) -> None:
     """A candidate was compared with the reference: it is published, or the next one is checked."""
     winner = task.promoted.pop(0)
     if event.verdict == "ok":
@@ -80,7 +80,7 @@ def take_checked(task: TaskProgress, event: m.Checked, out: list[m.Instruction])
     drop_artifacts(task, out)
 
 
-def drop_artifacts(task: TaskProgress, out: list[m.Instruction]) -> None:
+def drop_artifacts(task: TaskProgress, out: m.Sink) -> None:
     """What was built of the task is not needed any more."""
     traces = tuple(task.kept) + ((task.baseline_trace,) if task.baseline_trace is not None else ())
     task.kept = set()

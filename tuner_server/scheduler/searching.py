@@ -14,7 +14,7 @@ def take_baseline(task: TaskProgress, baseline: m.KnownTrial) -> None:
     task.baseline_trace = baseline.trace
 
 
-def ask(task: TaskProgress, batch_id: int, count: int, out: list[m.Instruction], lease: int = 0) -> None:
+def ask(task: TaskProgress, batch_id: int, count: int, out: m.Sink, lease: int = 0) -> None:
     """Ask for a batch of candidates, from a session that is opened at need."""
     if not task.session_open:
         task.session_open = True
@@ -24,7 +24,7 @@ def ask(task: TaskProgress, batch_id: int, count: int, out: list[m.Instruction],
     out.append(m.Generate(task.index, batch_id, count))
 
 
-def take_candidates(task: TaskProgress, batch_id: int, traces: tuple[str, ...], out: list[m.Instruction]) -> int:
+def take_candidates(task: TaskProgress, batch_id: int, traces: tuple[str, ...], out: m.Sink) -> int:
     """Have a batch's candidates built and measured.
 
     Returns:
@@ -43,7 +43,7 @@ def take_candidates(task: TaskProgress, batch_id: int, traces: tuple[str, ...], 
     return missing
 
 
-def cannot_sample(task: TaskProgress, event: m.CannotSample, out: list[m.Instruction]) -> int:
+def cannot_sample(task: TaskProgress, event: m.CannotSample, out: m.Sink) -> int:
     """The space holds nothing more. Returns: trials that were asked for in vain."""
     batch = task.batches.pop(event.batch)
     task.new_trials -= batch.asked
@@ -54,7 +54,7 @@ def cannot_sample(task: TaskProgress, event: m.CannotSample, out: list[m.Instruc
     return batch.asked
 
 
-def session_lost(task: TaskProgress, event: m.SessionLost, out: list[m.Instruction]) -> int:
+def session_lost(task: TaskProgress, event: m.SessionLost, out: m.Sink) -> int:
     """The search's process ended; it is opened again a few times. Returns: trials that were asked for in vain."""
     lost = 0
     task.session_open = False
@@ -69,7 +69,7 @@ def session_lost(task: TaskProgress, event: m.SessionLost, out: list[m.Instructi
     return lost
 
 
-def take_trial(task: TaskProgress, batch_id: int, trial: m.KnownTrial, top_k: int, out: list[m.Instruction]) -> None:
+def take_trial(task: TaskProgress, batch_id: int, trial: m.KnownTrial, top_k: int, out: m.Sink) -> None:
     """A trial was measured, or failed; the search learns of it when its batch is complete."""
     batch = task.batches[batch_id]
     batch.waiting.discard(trial.trace)
@@ -94,7 +94,7 @@ def take_trial(task: TaskProgress, batch_id: int, trial: m.KnownTrial, top_k: in
     report_if_complete(task, batch_id, out)
 
 
-def report_if_complete(task: TaskProgress, batch_id: int, out: list[m.Instruction]) -> None:
+def report_if_complete(task: TaskProgress, batch_id: int, out: m.Sink) -> None:
     """Tell the search how a batch came out, once nothing of it is under way any more."""
     batch = task.batches[batch_id]
     if batch.generated and not batch.waiting:
@@ -103,14 +103,14 @@ def report_if_complete(task: TaskProgress, batch_id: int, out: list[m.Instructio
             out.append(m.Report(task.index, tuple(batch.results)))
 
 
-def close_session(task: TaskProgress, out: list[m.Instruction]) -> None:
+def close_session(task: TaskProgress, out: m.Sink) -> None:
     """End the task's search, if there is one."""
     if task.session_open:
         task.session_open = False
         out.append(m.CloseSession(task.index))
 
 
-def _keep_best(task: TaskProgress, newest: str, top_k: int, out: list[m.Instruction]) -> None:
+def _keep_best(task: TaskProgress, newest: str, top_k: int, out: m.Sink) -> None:
     task.kept.add(newest)
     if len(task.kept) > top_k:
         worst = max(task.kept, key=lambda trace: (task.results[trace], trace))

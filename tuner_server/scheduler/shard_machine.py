@@ -1,0 +1,455 @@
+"""The scheduler of a shard as a pure state machine: a job whose trial budget comes from outside, as leases.
+
+Nothing is searched until a lease grants trials of a task. With a task's first lease the store is looked up, so that the
+search starts from what other instances have measured, and the baseline is measured. A lease gets exactly as many new
+trials as it allows, two batches in flight as long as some remain; then it ends, and its search waits for the next one.
+A lease that is revoked, expires or meets a draining instance asks for nothing more, finishes what is built or measured,
+and ends. Candidates that nobody measured are the first ones of the task's next lease.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tuner_core.errors import ConflictError
+from tuner_core.model import JobState, TaskState
+from tuner_server.scheduler import messages as m
+from tuner_server.scheduler import promotion, searching
+from tuner_server.scheduler import shard_messages as sm
+from tuner_server.scheduler.progress import Batch, Limits, TaskPlan, TaskProgress
+from tuner_server.scheduler.shard_tasks import Lease, ShardTask
+
+
+class ShardMachine:
+    """State of one shard.
+
+    Args:
+        tasks: The job's tasks.
+        lease_s: How long a lease lasts without renewal.
+        tokens: Newest token seen of each task before a restart, by its index.
+    """
+
+    def __init__(self, tasks: Sequence[TaskPlan], lease_s: float, tokens: Mapping[int, int] | None = None) -> None:
+        self.tasks = [TaskProgress(index, plan) for index, plan in enumerate(tasks)]
+        self.lease_s = lease_s
+        self.limits = Limits()
+        self.draining = False
+        self.finished: m.Finish | None = None
+        self.model: m.ModelMeasured | None = None
+        self.shards = [ShardTask(task, token=(tokens or {}).get(task.index, 0)) for task in self.tasks]
+        self._now_s = 0.0
+        self._lane_open = False
+        self._batch_ids = itertools.count()
+        self._served = itertools.count(1)
+
+    # Facts
+
+    @property
+    def phase(self) -> str:
+        """What the shard is doing, for people."""
+        leases = sum(len(shard.leases) for shard in self.shards)
+        if not leases:
+            return "no lease here now"
+        count = "1 lease" if leases == 1 else f"{leases} leases"
+        if not self._lane_open:
+            return f"{count}, waiting for partitions"
+        if any(task.promoting for task in self.tasks):
+            return f"{count}, promotion"
+        return f"{count}, search" if self.in_flight else count
+
+    @property
+    def in_flight(self) -> int:
+        """Trials that are being searched, built or measured."""
+        return sum(
+            len(batch.waiting) if batch.generated else batch.asked
+            for task in self.tasks
+            for batch in task.batches.values()
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether the shard needs partitions."""
+        return any(shard.working for shard in self.shards)
+
+    def finish(self, state: JobState) -> None:
+        """The shard is closed or cancelled; its leases have ended."""
+        self.finished = m.Finish(state)
+
+    # Leases
+
+    def check(self, index: int, token: int, trials: int) -> bool:
+        """Whether a grant would start a new lease (rather than extend one).
+
+        Raises:
+            UsageError, ConflictError: It would be refused.
+        """
+        if self.draining:
+            raise ConflictError("this instance is draining and takes no leases; use another")
+        self.shards[index].check(token, trials)
+        return token > self.shards[index].token
+
+    def grant(self, index: int, token: int, trials: int, conclude: bool, now_s: float) -> list[sm.Instruction]:
+        """Start a lease or extend it.
+
+        Args:
+            index: The task.
+            token: Fencing token.
+            trials: New trials that the lease allows in all.
+            conclude: Whether to promote the task's best at the end.
+            now_s: On a clock that does not go back.
+
+        Raises:
+            UsageError, ConflictError: See :meth:`check`.
+        """
+        new = self.check(index, token, trials)
+        out: list[sm.Instruction] = []
+        self._now_s = max(self._now_s, now_s)
+        shard = self.shards[index]
+        if new:
+            if shard.lease is not None:
+                self._wind_down(shard, shard.lease, "revoked", out)
+            if token != shard.token + 1:  # leased elsewhere in between: its records may have come here since
+                shard.looked_up = False
+            shard.token = token
+            shard.lease = Lease(token, trials, conclude, 0.0)
+            shard.progress.session_losses = 0
+            shard.progress.error = ""
+            if shard.progress.baseline_us is None:
+                shard.baseline_error = ""
+        assert shard.lease is not None
+        shard.lease.trials = max(shard.lease.trials, trials)
+        shard.lease.conclude |= conclude
+        shard.lease.deadline_s = self._now_s + self.lease_s
+        self._advance(out)
+        return out
+
+    def renew(self, leases: Sequence[tuple[int, int]], now_s: float) -> list[int]:
+        """Move deadlines.
+
+        Args:
+            leases: Task and token of each.
+            now_s: On a clock that does not go back.
+
+        Returns:
+            Tasks whose lease is unknown or has been over for ``lease_s``; before that, its end is on the way.
+        """
+        self._now_s = max(self._now_s, now_s)
+        lost = []
+        for index, token in leases:
+            shard = self.shards[index]
+            lease = shard.find(token)
+            if lease is not None:
+                lease.deadline_s = self._now_s + self.lease_s
+            elif self._now_s - shard.ended_at_s.get(token, float("-inf")) > self.lease_s:
+                lost.append(index)
+        return lost
+
+    # Events
+
+    def handle(self, event: sm.Event) -> list[sm.Instruction]:
+        """Take in one event; what is to be done now comes out."""
+        out: list[sm.Instruction] = []
+        match event:
+            case sm.LaneOpened():
+                self._lane_open, self.limits = True, event.limits
+            case sm.LaneClosed():
+                self._lane_open = False
+            case sm.KnownFound():
+                self._take_known(self.shards[event.task], event.known, out)
+            case sm.LeaseRevoked():
+                shard = self.shards[event.task]
+                if shard.lease is not None and shard.lease.token == event.token:
+                    self._wind_down(shard, shard.lease, "revoked", out)
+            case sm.AllRevoked():
+                self._end_all(event.reason, out)
+            case sm.Stopped():
+                self._stop(event, out)
+            case sm.Rest():
+                self._rest(out)
+            case sm.Tick():
+                self._now_s = max(self._now_s, event.now_s)
+                for shard in self.shards:
+                    if shard.lease is not None and self._now_s > shard.lease.deadline_s:
+                        self._wind_down(shard, shard.lease, "expired", out)
+            case m.BaselineMeasured():
+                shard = self.shards[event.task]
+                shard.baseline_asked = False
+                shard.baseline_trial_id = event.trial_id
+                searching.take_baseline(shard.progress, m.KnownTrial(event.trace, event.median_us))
+            case m.BaselineFailed():
+                shard = self.shards[event.task]
+                shard.baseline_asked = False
+                shard.baseline_error = f"the fallback schedule failed: {event.message}"
+            case m.CandidatesReady():
+                self._candidates(self.shards[event.task], event, out)
+            case m.CannotSample():
+                self._cannot_sample(self.shards[event.task], event, out)
+            case m.SessionLost():
+                self._session_lost(self.shards[event.task], event, out)
+            case m.TrialMeasured():
+                self._trial(event, event.median_us, out)
+            case m.TrialFailed():
+                self.tasks[event.task].failures[event.kind] += 1
+                self._trial(event, None, out)
+            case m.TrialDropped():
+                self._dropped(self.shards[event.task], event, out)
+            case m.Promoted():
+                promotion.take_promoted(self.tasks[event.task], event, out)
+            case m.Checked():
+                promotion.take_checked(self.tasks[event.task], event, out)
+        self._advance(out)
+        return out
+
+    # What is known
+
+    def _take_known(self, shard: ShardTask, known: m.Known, out: list[sm.Instruction]) -> None:
+        shard.looking, shard.looked_up = False, True
+        task = shard.progress
+        if known.baseline is not None and task.baseline_us is None:
+            searching.take_baseline(task, known.baseline)
+            shard.baseline_trial_id = known.baseline_trial_id
+        if known.best_verified is not None:
+            task.published, task.published_is_fallback = known.best_verified, known.best_is_fallback
+            task.best_trial_id = task.best_trial_id or known.best_trial_id
+        seen = shard.own | {trial.trace for trial in task.known}
+        new = tuple(trial for trial in known.trials if trial.trace not in seen)
+        task.results |= {trial.trace: trial.median_us for trial in new if trial.median_us is not None}
+        for trial in known.trials:
+            if trial.median_us is None:  # failed, or found to be wrong elsewhere
+                task.results.pop(trial.trace, None)
+                task.kept.discard(trial.trace)
+        task.best_us = min(task.results.values(), default=task.best_us)
+        if not new:
+            return
+        shard.conclusion = None
+        task.known += new
+        task.reused = len(task.known)
+        foreign = {trial.trace for trial in new}
+        shard.spare = [trace for trace in shard.spare if trace not in foreign]
+        if task.session_open:
+            out.append(m.Report(task.index, new))
+
+    # Search
+
+    def _candidates(self, shard: ShardTask, event: m.CandidatesReady, out: list[sm.Instruction]) -> None:
+        task = shard.progress
+        lease = shard.find(task.batches[event.batch].lease)
+        if lease is None or lease.ending:
+            batch = task.batches.pop(event.batch)
+            task.new_trials -= batch.asked
+            task.exhausted = task.exhausted or not event.traces
+            shard.spare.extend(event.traces)
+            if lease is not None:
+                lease.asked -= batch.asked
+            return
+        lease.asked -= searching.take_candidates(task, event.batch, event.traces, out)
+
+    def _cannot_sample(self, shard: ShardTask, event: m.CannotSample, out: list[sm.Instruction]) -> None:
+        lease = shard.find(shard.progress.batches[event.batch].lease)
+        returned = searching.cannot_sample(shard.progress, event, out)
+        if lease is not None:
+            lease.asked -= returned
+            lease.error = shard.progress.error
+
+    def _session_lost(self, shard: ShardTask, event: m.SessionLost, out: list[sm.Instruction]) -> None:
+        task = shard.progress
+        batch = task.batches.get(event.batch) if event.batch is not None else None
+        lease = shard.find(batch.lease) if batch is not None else None
+        returned = searching.session_lost(task, event, out)
+        if lease is not None:
+            lease.asked -= returned
+        if task.exhausted:  # another instance may do better
+            task.exhausted, task.session_losses = False, 0
+            if shard.lease is not None:
+                shard.lease.error = task.error
+                self._wind_down(shard, shard.lease, "failed", out)
+
+    def _trial(
+        self, event: m.TrialMeasured | m.TrialFailed, median_us: float | None, out: list[sm.Instruction]
+    ) -> None:
+        shard = self.shards[event.task]
+        task = shard.progress
+        token = task.batches[event.batch].lease
+        lease = shard.find(token)
+        if lease is not None:
+            lease.measured += 1
+        shard.own.add(event.trace)
+        shard.conclusion = None
+        searching.take_trial(task, event.batch, m.KnownTrial(event.trace, median_us), self.limits.top_k, out)
+        failure = str(event.kind) if isinstance(event, m.TrialFailed) else ""
+        out.append(sm.TellTrial(event.task, token, event.trial_id, median_us, failure))
+
+    def _dropped(self, shard: ShardTask, event: m.TrialDropped, out: list[sm.Instruction]) -> None:
+        task = shard.progress
+        batch = task.batches[event.batch]
+        batch.waiting.discard(event.trace)
+        task.new_trials -= 1
+        shard.spare.append(event.trace)
+        lease = shard.find(batch.lease)
+        if lease is not None:
+            lease.asked -= 1
+        searching.report_if_complete(task, event.batch, out)
+
+    def _fill(self, out: list[sm.Instruction]) -> None:
+        """Ask for batches: of the leases with trials left, those with fewest batches first, then who waits longest."""
+        while sum(len(task.batches) for task in self.tasks) < self.limits.batches_at_once:
+            ready = [
+                (len(shard.progress.batches), shard.served, index)
+                for index, shard in enumerate(self.shards)
+                if shard.looked_up
+                and shard.lease is not None
+                and shard.lease.remaining
+                and (shard.spare or not shard.progress.exhausted)
+                and len(shard.progress.batches) < self.limits.batches_per_task
+            ]
+            if not ready:
+                return
+            shard = self.shards[min(ready)[2]]
+            assert shard.lease is not None
+            count = min(self.limits.batch, shard.lease.remaining)
+            shard.served = next(self._served)
+            shard.progress.state = TaskState.RUNNING
+            if shard.spare:
+                shard.lease.asked += self._run_spare(shard, shard.lease, count, out)
+                continue
+            shard.lease.asked += count
+            searching.ask(shard.progress, next(self._batch_ids), count, out, shard.lease.token)
+
+    def _run_spare(self, shard: ShardTask, lease: Lease, count: int, out: list[sm.Instruction]) -> int:
+        taken, shard.spare = tuple(shard.spare[:count]), shard.spare[count:]
+        task, batch = shard.progress, next(self._batch_ids)
+        task.batches[batch] = Batch(len(taken), lease.token)
+        task.new_trials += len(taken)
+        searching.take_candidates(task, batch, taken, out)
+        return len(taken)
+
+    # Ends
+
+    def _wind_down(self, shard: ShardTask, lease: Lease, reason: str, out: list[sm.Instruction]) -> None:
+        """Let a lease end as soon as what is built or being measured is done; a promotion goes on to its end."""
+        if shard.lease is lease:
+            shard.lease = None
+        lease.ending = reason
+        shard.winding_down[lease.token] = lease
+        for number, batch in shard.progress.batches.items():
+            if batch.lease == lease.token and batch.waiting:
+                out.append(m.Abandon(shard.progress.index, number, tuple(sorted(batch.waiting))))
+
+    def _end_all(self, reason: str, out: list[sm.Instruction]) -> None:
+        self.draining = self.draining or reason == "draining"
+        for shard in self.shards:
+            if shard.lease is not None and not shard.lease.promoting:
+                self._wind_down(shard, shard.lease, reason, out)
+
+    def _stop(self, event: sm.Stopped, out: list[sm.Instruction]) -> None:
+        for shard in self.shards:
+            task = shard.progress
+            task.batches.clear()
+            task.promoted.clear()
+            task.kept.clear()
+            task.promoting = task.session_open = shard.looking = shard.baseline_asked = False
+            shard.spare.clear()
+            for lease in shard.leases:
+                lease.promoting = False
+                self._end(shard, lease, lease.ending or event.reason, event.error, out)
+
+    def _rest(self, out: list[sm.Instruction]) -> None:
+        for shard in self.shards:
+            if not shard.leases:
+                searching.close_session(shard.progress, out)
+                promotion.drop_artifacts(shard.progress, out)
+                shard.spare.clear()
+
+    def _advance(self, out: list[sm.Instruction]) -> None:
+        for shard in self.shards:
+            for lease in list(shard.winding_down.values()):
+                self._settle_ending(shard, lease, out)
+        if not self._lane_open:
+            return
+        for shard in self.shards:
+            if shard.lease is not None:
+                self._prepare(shard, shard.lease, out)
+        self._fill(out)
+        for shard in self.shards:
+            if shard.lease is not None:
+                self._settle(shard, shard.lease, out)
+
+    def _prepare(self, shard: ShardTask, lease: Lease, out: list[sm.Instruction]) -> None:
+        index = shard.progress.index
+        if not shard.looked_up:
+            if not shard.looking:
+                shard.looking = True
+                out.append(sm.LookUp(index))
+        elif not shard.baseline_settled:
+            if not shard.baseline_asked:
+                shard.baseline_asked = True
+                out.append(m.MeasureBaseline(index))
+        elif not lease.told_baseline:
+            lease.told_baseline = True
+            us, error = shard.progress.baseline_us, shard.baseline_error
+            out.append(sm.TellBaseline(index, lease.token, us, shard.baseline_trial_id, error))
+
+    def _settle(self, shard: ShardTask, lease: Lease, out: list[sm.Instruction]) -> None:
+        task = shard.progress
+        exhausted = lease.remaining > 0 and task.exhausted and not shard.spare
+        if lease.promoting:
+            if not task.promoting:
+                self._concluded(shard, lease, out)
+            return
+        if not shard.looked_up or not lease.told_baseline or task.batches:
+            return
+        if lease.remaining and not exhausted:
+            return
+        if not lease.conclude:
+            self._end(shard, lease, "exhausted" if exhausted else "measured", lease.error, out)
+        elif task.promoting:  # for a lease before this one
+            return
+        elif shard.conclusion is not None:
+            self._concluded(shard, lease, out)
+        else:
+            searching.close_session(task, out)
+            shard.spare.clear()
+            task.verified = False
+            lease.promoting = True
+            promotion.begin(task, self.limits.top_k, out)
+            if not task.promoting:
+                self._concluded(shard, lease, out)
+
+    def _settle_ending(self, shard: ShardTask, lease: Lease, out: list[sm.Instruction]) -> None:
+        if lease.promoting:
+            if not shard.progress.promoting:
+                self._concluded(shard, lease, out)
+        elif not shard.busy(lease):
+            self._end(shard, lease, lease.ending, lease.error, out)
+
+    def _concluded(self, shard: ShardTask, lease: Lease, out: list[sm.Instruction]) -> None:
+        task = shard.progress
+        lease.promoting = False
+        if shard.conclusion is None:
+            shard.conclusion = sm.TellEnded(
+                task.index,
+                lease.token,
+                "concluded",
+                0,
+                verified=task.verified,
+                best_us=task.best_us if task.verified else None,
+                best_trial_id=task.best_trial_id if task.verified else "",
+                fallback=task.verified and task.state is TaskState.FALLBACK,
+                error="" if task.verified else task.error,
+            )
+        self._over(shard, lease, replace(shard.conclusion, token=lease.token), out)
+
+    def _end(self, shard: ShardTask, lease: Lease, reason: str, error: str, out: list[sm.Instruction]) -> None:
+        if not shard.progress.state.final:
+            shard.progress.state = TaskState.PENDING
+        self._over(shard, lease, sm.TellEnded(shard.progress.index, lease.token, reason, 0, error=error), out)
+
+    def _over(self, shard: ShardTask, lease: Lease, ended: sm.TellEnded, out: list[sm.Instruction]) -> None:
+        if shard.lease is lease:
+            shard.lease = None
+        shard.winding_down.pop(lease.token, None)
+        recent = {token: at_s for token, at_s in shard.ended_at_s.items() if self._now_s - at_s <= self.lease_s}
+        shard.ended_at_s = recent | {lease.token: self._now_s}
+        out.append(replace(ended, measured=lease.measured))
