@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tuner_client.job import DETACHED, JobReport, job_report
+from tuner_client.preparing import import_model, prepare_model
 from tuner_client.progress import Progress, Silent
 from tuner_client.request import TuneRequest, check_model_path, check_output, check_sm_percent
 from tuner_core.datadir import default_data_dir, read_holder
@@ -303,20 +304,10 @@ class Client:
     # Models
 
     def _import(self, path: Path, input_shapes: Mapping[str, tuple[int, ...]]) -> ImportedModel:
-        with self._progress.step(f"importing {path.name}"), self._quiet():
-            from tuner_client.model.load import load_model
-
-            return load_model(path, input_shapes)
+        return import_model(path, input_shapes, self._progress, self._quiet)
 
     def _prepare(self, imported: ImportedModel, target_json: str) -> Prepared:
-        with self._progress.step("preparing the model and extracting its operators"), self._quiet():
-            from tuner_client.model.prepare import prepare
-
-            prepared = prepare(imported.module, target_json)
-        tunable = sum(task.tunable for task in prepared.tasks)
-        calls = sum(task.weight for task in prepared.tasks)
-        self._progress.note(f"{len(prepared.tasks)} operators ({calls} calls), {tunable} worth tuning")
-        return prepared
+        return prepare_model(imported, target_json, self._progress, self._quiet)
 
     def _build_for_job(self, report: JobReport, prepared: Prepared, output: Path) -> JobReport:
         from tuner_client.building import build_model, choose_for_job
