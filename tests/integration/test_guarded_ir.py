@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.integration.compiler_operators import LLVM, heaviest
+from tests.integration.compiler_operators import CUDA, LLVM, heaviest, prepared
 from tests.integration.test_cpu_fallback import OPERATORS
 from tests.light_models import light_model
 from tuner_client.model.load import load_model
 from tuner_client.model.prepare import parse_target, prepare
+from tuner_core.compiler.apply import apply_schedules
+from tuner_core.compiler.executable import build_executable
 from tuner_core.compiler.fallback import fallback_schedule
 from tuner_core.compiler.guard import (
     MAX_TRACE_BYTES,
@@ -34,9 +36,9 @@ def body() -> str:
 
 @pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])
 def test_real_models_pass(name: str) -> None:
-    prepared = prepare(load_model(light_model(name)).module, LLVM)
-    load_lifted_module(prepared.lifted_json)
-    for task in prepared.tasks:
+    model = prepare(load_model(light_model(name)).module, LLVM)
+    load_lifted_module(model.lifted_json)
+    for task in model.tasks:
         load_workload(task.workload.body)
 
 
@@ -45,6 +47,83 @@ def test_operators_and_their_schedules_pass(name: str) -> None:
     body = OPERATORS[name]().workload.body
     load_workload(body)
     check_trace(trace_to_json(fallback_schedule(module_from_body(body), parse_target(LLVM))))
+
+
+SORTS_AND_SCANS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "argsort": (lambda op, x: op.argsort(x, axis=0, descending=True), (8, 40)),
+    "sort": (lambda op, x: op.sort(x, axis=-1), (8, 40)),
+    "topk": (lambda op, x: op.topk(x, k=5, ret_type="values"), (8, 40)),
+    "cumsum, last axis": (lambda op, x: op.cumsum(x, axis=1), (8, 40)),
+    "cumsum, middle axis": (lambda op, x: op.cumsum(x, axis=1), (2, 8, 40)),
+    "cumprod": (lambda op, x: op.cumprod(x, axis=0), (8, 40)),
+    "bucketize": (lambda op, x: op.bucketize(x, op.arange(0, 9, 1, "float32")), (8, 40)),
+}
+
+
+@pytest.mark.parametrize("name", SORTS_AND_SCANS)
+def test_sorts_and_scans_for_gpus_pass_and_build(name: str) -> None:
+    operator, shape = SORTS_AND_SCANS[name]
+    model = prepared(operator, shape, target=CUDA)
+    lifted = load_lifted_module(model.lifted_json)
+    for task in model.tasks:
+        load_workload(task.workload.body)
+    scheduled, coverage = apply_schedules(lifted, parse_target(CUDA), {})
+    assert coverage.fallback
+    build_executable(scheduled, parse_target(CUDA))
+
+
+def bound(key: str, node: Any, value: Any = 1) -> Any:
+    """A one-loop operator under an attribute statement."""
+    from tvm import tirx
+
+    function = compute(lambda x, i: x + 1.0)
+    return function.with_body(tirx.AttrStmt(node, key, tirx.IntImm("int32", value), function.body))
+
+
+def test_only_threads_may_be_bound_by_attributes() -> None:
+    import tvm
+    from tvm import ir, tirx
+
+    def axis(tag: str) -> Any:
+        return tirx.IterVar(None, tirx.Var("t", "int32"), tirx.IterVar.ThreadIndex, tag)
+
+    check_module(tvm.IRModule({"main": bound("thread_extent", axis("threadIdx.x"))}))
+    check_module(tvm.IRModule({"main": bound("hand_threaded", tirx.IntImm("int32", 0))}))
+    refused = {
+        "pragma_import_c": ir.StringImm("int x;"),
+        "pragma_import_llvm": ir.StringImm("x"),
+        "extern_scope": tirx.IntImm("int32", 0),
+        "compute_scope": ir.StringImm("evil"),
+        "device_scope": tirx.IntImm("int32", 0),
+        "hand_threaded": ir.StringImm("x"),
+        "thread_extent": axis("blockIdx.x; evil"),
+    }
+    for key, node in refused.items():
+        with pytest.raises(UsageError, match=r"attribute|threads of"):
+            check_module(tvm.IRModule({"main": bound(key, node)}))
+
+
+def test_runtime_functions_other_than_reshape_are_refused() -> None:
+    import tvm
+    from tvm import relax
+
+    def calling(name: str) -> Any:
+        builder = relax.BlockBuilder()
+        x = relax.Var("x", relax.TensorType((4,), "float32"))
+        with builder.function("main", [x]):
+            with builder.dataflow():
+                call = relax.call_pure_packed(name, x, relax.ShapeExpr([4]), ty_args=x.ty)
+                result = builder.emit_output(call)
+            builder.emit_func_output(result)
+        return builder.get()
+
+    load_lifted_module(tvm.ir.save_json(calling("vm.builtin.reshape")))
+    for name in ("runtime.SystemLib", "vm.builtin.read_if_cond", "ffi.Module.load_from_file.so"):
+        with pytest.raises(UsageError, match=f"calls {name}"):
+            load_lifted_module(tvm.ir.save_json(calling(name)))
+    forged = tvm.ir.save_json(calling("vm.builtin.reshape")).replace("tvm.relax.type.infer_by_ty_args", "os.system")
+    with pytest.raises(UsageError, match=r"names the function os\.system"):
+        load_lifted_module(forged)
 
 
 def compute(expression: Any) -> Any:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
     from tvm.s_tir import Schedule
     from tvm.target import Target
+    from tvm.tirx import PrimFunc
 
 
 def fallback_schedule(mod: IRModule, target: Target) -> Schedule:
@@ -25,7 +26,8 @@ def fallback_schedule(mod: IRModule, target: Target) -> Schedule:
         better is legal.
 
     Raises:
-        TunerError: A GPU for which dlight has no rule for this operator: unscheduled functions cannot run there.
+        TunerError: A GPU for which dlight has no rule for this operator: unscheduled functions cannot run there. One
+            that comes with its own threads is left as it is.
     """
     load_tvm(intrinsics=True)
     if is_gpu(target):
@@ -62,4 +64,22 @@ def _dlight(mod: IRModule, target: Target) -> Schedule:
                 found = found[0] if found else None
             if isinstance(found, Schedule):
                 return found
+    if has_device_code(mod["main"]):
+        return Schedule(mod)
     raise TunerError(f"dlight cannot schedule this operator for {target.kind.name}: {problem}")
+
+
+def has_device_code(function: PrimFunc) -> bool:
+    """Whether a function comes with its own threads: TVM writes its sorts and scans for GPUs so, ready to run."""
+    import tvm_ffi
+    from tvm import tirx
+
+    bound: list[bool] = []
+    tvm_ffi.structural_walk(
+        function.body,
+        [
+            (tirx.AttrStmt, lambda attribute: bound.append(attribute.attr_key == "thread_extent")),
+            (tirx.For, lambda loop: bound.append(loop.thread_binding is not None)),
+        ],
+    )
+    return any(bound)

@@ -1,6 +1,7 @@
 """Checks on IR and traces that come from somebody else, before TVM touches them.
 
-Everything is an allow-list: what a legalised, fused model needs, and nothing else. No ``call_extern`` or LLVM
+Everything is an allow-list: what a legalised, fused model needs, and nothing else. TVM's sorts and scans for GPUs
+come bound to threads; of such statements only that binding is let through. No ``call_extern`` or LLVM
 intrinsic, no ``call_packed`` but of TVM's own sorting functions, no ``pragma_*`` that imports code, no attribute that
 names an external code generator. The JSON is checked before it is loaded: a forged graph with cycles or bad indices
 crashes TVM's loader, and a small graph whose expressions are shared many times over would take it forever. Not a
@@ -38,6 +39,8 @@ _NODE_TYPES = frozenset(
         "tirx.BufferRegionType", "tirx.IfThenElse", "tirx.Evaluate", "tirx.Bind", "tirx.SizeVar",
         "ir.StringImm", "ir.StringType", "tirx.Axis", "tirx.TileLayout", "tirx.Iter",
         "s_tir.SBlock", "s_tir.SBlockRealize", "s_tir.MatchBufferRegion",
+        "tirx.AttrStmt", "tirx.While", "tirx.AllocBuffer", "relax.expr.ExternFunc", "ir.EnvFunc",
+        "ir.Span", "ir.SequentialSpan", "ir.SourceName",
         "relax.expr.Function", "relax.expr.SeqExpr", "relax.expr.DataflowBlock", "relax.expr.BindingBlock",
         "relax.expr.VarBinding", "relax.expr.MatchCast", "relax.expr.DataflowVar", "relax.expr.Var",
         "relax.expr.ShapeExpr", "relax.expr.DataTypeImm", "relax.expr.If",
@@ -59,6 +62,11 @@ _CALLS = frozenset(
     }
 )
 _PACKED = frozenset(f"tvm.contrib.sort.{name}" for name in ("argsort", "sort", "topk", "searchsorted"))
+_RUNTIME_FUNCTIONS = frozenset({"vm.builtin.reshape"})  # around TVM's cumsum for GPUs
+_TYPE_FUNCTIONS = frozenset({"tvm.relax.type.infer_by_ty_args"})
+_THREADS = frozenset(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz")
+_SYNC_SCOPES = frozenset({"shared"})
+_SCOPES = frozenset({"", "global", "shared", "local"})
 _FUNCTION_ATTRIBUTES = frozenset(
     {"global_symbol", "tirx.noalias", "s_tir", "op_pattern", "num_input", "tirx.is_scheduled", "layout_free_buffers"}
 )
@@ -140,6 +148,8 @@ def _expanded_sizes(nodes: list[Any]) -> list[int]:
         kind = node["type"]
         if kind not in _NODE_TYPES and not kind.startswith(_NODE_PREFIXES):
             raise UsageError(f"IR with {str(kind)[:80]} is not accepted")
+        if kind == "ir.EnvFunc" and node["data"] not in _TYPE_FUNCTIONS:  # loading it looks the name up
+            raise UsageError(f"IR that names the function {str(node['data'])[:80]} is not accepted")
         total = 1
         for child in references(node):
             if not 0 <= child < number:
@@ -224,8 +234,42 @@ def _check_body(function: Any) -> None:
             packed = str(call.args[0].value) if call.args and isinstance(call.args[0], ir.StringImm) else "?"
             if packed not in _PACKED:
                 problems.append(f"that calls {packed[:80]}")
+        elif name == "relax.call_pure_packed":
+            if not (call.args and isinstance(call.args[0], relax.ExternFunc)):  # which one is checked below
+                problems.append("that calls a computed function")
+        elif name == "tirx.tvm_storage_sync":
+            scopes = [str(argument.value) for argument in call.args if isinstance(argument, ir.StringImm)]
+            if len(call.args) != 1 or not _SYNC_SCOPES.issuperset(scopes) or not scopes:
+                problems.append("that synchronises more than a block's threads")
         elif name not in _CALLS:
             problems.append(f"that calls {name[:80]}")
+
+    def check_runtime_function(function: Any) -> None:
+        if str(function.global_symbol) not in _RUNTIME_FUNCTIONS:
+            problems.append(f"that calls {str(function.global_symbol)[:80]}")
+
+    def check_attribute(statement: Any) -> None:
+        """TVM's own sorts and scans for GPUs name their threads so; anything else here could import code."""
+        key, node = str(statement.attr_key), statement.node
+        if key == "thread_extent" and isinstance(node, tirx.IterVar):
+            check_thread(node)
+        elif key != "hand_threaded" or not isinstance(node, tirx.IntImm | int):
+            problems.append(f"with the attribute {key[:80]}")
+
+    def check_thread(axis: Any) -> None:
+        if str(axis.thread_tag) not in _THREADS:
+            problems.append(f"with threads of {str(axis.thread_tag)[:80]!r}")
+
+    def check_loop(loop: Any) -> None:
+        check_annotations(loop)
+        if loop.thread_binding is not None:
+            check_thread(loop.thread_binding)
+
+    def check_allocation(statement: Any) -> None:
+        problems.extend(filter(None, [_size_problem(statement.buffer)]))
+        if str(statement.buffer.scope()) not in _SCOPES:
+            problems.append(f"with memory of scope {str(statement.buffer.scope())[:80]!r}")
+        check_annotations(statement)
 
     def check_annotations(statement: Any) -> None:
         problems.extend(
@@ -240,16 +284,18 @@ def _check_body(function: Any) -> None:
         problems.append(f"with {type(node).__name__}")
 
     if isinstance(function, relax.Function):
-        tvm_ffi.structural_walk(function, [(ir.Call, check_call), (relax.ExternFunc, refuse)])
+        tvm_ffi.structural_walk(function, [(ir.Call, check_call), (relax.ExternFunc, check_runtime_function)])
     else:
         problems.extend(filter(None, map(_size_problem, function.params)))
         tvm_ffi.structural_walk(
             function.body,
             [
                 (ir.Call, check_call),
-                (tirx.For, check_annotations),
+                (tirx.For, check_loop),
                 (s_tir.SBlock, check_block),
-                ((tirx.AttrStmt, tirx.AssertStmt, tirx.While), refuse),
+                (tirx.AttrStmt, check_attribute),
+                (tirx.AllocBuffer, check_allocation),
+                (tirx.AssertStmt, refuse),
             ],
         )
     if problems:
