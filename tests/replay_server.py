@@ -8,6 +8,7 @@ Settings: ``folder`` (of its store), ``name``, ``port``, ``trial_s``, ``workers`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import signal
@@ -117,10 +118,8 @@ class Shard:
                     self.changed.notify_all()
             self.wake.clear()
             left_s = max(0.001, min(1.0, self.instance.next_due_s() - time.monotonic()))
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), left_s)
-            except TimeoutError:
-                pass
 
     def key(self, task: str) -> RecordKey:
         return RecordKey(self.digests[task], target_digest(TARGET), DEVICE, CORES)
@@ -284,13 +283,10 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
                 sent = event.sequence
                 yield event
             async with shard.changed:
-                try:
-                    await asyncio.wait_for(
-                        shard.changed.wait_for(lambda: len(shard.events) > sent or shard.closed), request.heartbeat_s
-                    )
+                with contextlib.suppress(TimeoutError):
+                    if len(shard.events) == sent:
+                        await asyncio.wait_for(shard.changed.wait(), request.heartbeat_s)
                     continue
-                except TimeoutError:
-                    pass
             yield heartbeat()
 
 

@@ -9,6 +9,7 @@ import click
 
 from tuner_client.cli.ending import print_document
 from tuner_client.cli.session import Session, session_options
+from tuner_client.cli.sharded import resume_sharded, sharding_options, watch_sharded
 from tuner_client.request import check_model_path, check_output, parse_input_shapes
 from tuner_core.errors import UsageError
 
@@ -23,9 +24,14 @@ _BUILD_OPTIONS = [
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, metavar="N", help="Newest N.")
 @session_options
 def jobs_command(session: Session, limit: int) -> None:
-    """List jobs, newest first."""
-    with session.client() as client:
-        jobs = client.jobs(limit)
+    """List jobs, newest first: the server's, and those that were sharded over several servers from here."""
+    from tuner_client.sharding.journal import sharded_jobs
+
+    jobs = sharded_jobs(session.data_dir)
+    if not session.several:
+        with session.client() as client:
+            jobs += client.jobs(limit)
+    jobs = sorted(jobs, key=lambda job: -job.created_at)[:limit]
     if session.as_json:
         print_document({"jobs": [job.document() for job in jobs]})
         return
@@ -42,6 +48,9 @@ def _follow(
     input_shape: tuple[str, ...],
     *,
     resume: bool,
+    store: str | None = None,
+    wait: float | None = None,
+    heartbeat_s: float = 5.0,
 ) -> None:
     if (output is None) != (model is None):
         raise UsageError("--output and --model go together: the weights to build with are only in the model's file")
@@ -50,11 +59,15 @@ def _follow(
         check_output(output)
     shapes = parse_input_shapes(input_shape)
     from tuner_client.cli.results import run_job
+    from tuner_client.sharding.journal import is_sharded
 
+    if is_sharded(session.data_dir, job):
+        if resume:
+            sys.exit(resume_sharded(session, job, output, model, shapes, store, wait, heartbeat_s))
+        sys.exit(watch_sharded(session, job, output, model, shapes))
     with session.client(lines=True) as client:
         code = run_job(
             session,
-            client,
             lambda: client.watch(job, output=output, model=model, input_shapes=shapes, resume=resume),
         )
     sys.exit(code)
@@ -81,12 +94,33 @@ def watch_command(
 @_BUILD_OPTIONS[0]
 @_BUILD_OPTIONS[1]
 @_BUILD_OPTIONS[2]
+@sharding_options
 @session_options
 def resume_command(
-    session: Session, job: str, output: Path | None, model: Path | None, input_shape: tuple[str, ...]
+    session: Session,
+    job: str,
+    output: Path | None,
+    model: Path | None,
+    input_shape: tuple[str, ...],
+    store: str | None,
+    wait: float | None,
+    heartbeat_s: float,
 ) -> None:
-    """Go on with a stopped, cancelled or failed JOB from what it measured, and follow it."""
-    _follow(session, job, output, model, input_shape, resume=True)
+    """Go on with a stopped, cancelled or failed JOB from what it measured, and follow it.
+
+    A job over several servers goes on with those that it had, unless --server names others.
+    """
+    _follow(
+        session,
+        job,
+        output,
+        model,
+        input_shape,
+        resume=True,
+        store=store,
+        wait=wait,
+        heartbeat_s=heartbeat_s,
+    )
 
 
 @click.command("cancel", epilog="Example: tuner-client cancel job-3f2a91c0")
@@ -94,8 +128,13 @@ def resume_command(
 @session_options
 def cancel_command(session: Session, job: str) -> None:
     """End JOB; what it measured stays in the store."""
-    with session.client() as client:
-        report = client.cancel(job)
+    from tuner_client.sharding.journal import cancel_sharded, is_sharded
+
+    if is_sharded(session.data_dir, job):
+        report = cancel_sharded(session.data_dir, job)
+    else:
+        with session.client() as client:
+            report = client.cancel(job)
     if session.as_json:
         print_document(report.document())
     elif report.status == "cancelled":

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import click
 
-from tuner_client.api import Client, JobInterrupted
+from tuner_client.api import JobInterrupted
 from tuner_client.cli.ending import INTERRUPTED, print_document
 from tuner_client.cli.session import Session
 from tuner_client.job import DETACHED, JobReport
@@ -15,7 +15,7 @@ from tuner_core.errors import ExitCode
 from tuner_core.model import JobState
 
 
-def run_job(session: Session, client: Client, work: Callable[[], JobReport]) -> int:
+def run_job(session: Session, work: Callable[[], JobReport]) -> int:
     """Do the work that follows a job, show how it ended.
 
     Returns:

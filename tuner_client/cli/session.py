@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from tuner_client.cli.ending import environment_server
+from tuner_client.sharding.addresses import is_fleet
 from tuner_core.datadir import default_data_dir
 from tuner_core.errors import UsageError
 from tuner_core.transport.options import ConnectionOptions, read_token
@@ -39,6 +40,8 @@ class Session:
         as_json: Print one JSON document on standard output and nothing else there.
         debug: Show what libraries print.
         reconnect_s: For how long a lost server is waited for.
+        servers: Every server that was named.
+        options_for: How to connect to an address.
     """
 
     connection: ConnectionOptions | None
@@ -46,6 +49,8 @@ class Session:
     as_json: bool
     debug: bool
     reconnect_s: float
+    servers: tuple[str, ...] = ()
+    options_for: Callable[[str], ConnectionOptions] = ConnectionOptions
 
     def __post_init__(self) -> None:
         # Progress goes to duplicates: descriptors 1 and 2 are the log's while libraries work.
@@ -83,6 +88,8 @@ class Session:
         from tuner_client.api import Client
         from tuner_client.progress import Silent
 
+        if self.several:
+            raise UsageError(f"this command talks to one server, but {', '.join(self.servers)} were given")
         return Client(
             self.connection,
             data_dir=self.data_dir,
@@ -91,6 +98,22 @@ class Session:
             quiet=self.quiet,
             server_arguments=server_arguments,
         )
+
+    def each_client(self) -> Iterator[tuple[Client, str]]:
+        """A client for each server that was named, with its address; else one for the data directory's own."""
+        if not self.several:
+            yield self.client(), self.connection.address if self.connection else ""
+            return
+        from tuner_client.api import Client
+        from tuner_client.sharding.addresses import expand
+
+        for options in expand(self.servers, self.options_for)[0]:
+            yield Client(options, data_dir=self.data_dir, reconnect_s=self.reconnect_s), options.address
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one server was named, or a name that may stand for several."""
+        return is_fleet(self.servers)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -161,25 +184,23 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         **rest: Any,
     ) -> Any:
         servers = list(server) or environment_server()
-        if len(servers) > 1:
-            raise UsageError(
-                f"{len(servers)} servers were given, but this version drives one at a time; give one --server HOST:PORT"
-            )
-        connection = None
-        if servers:
-            connection = ConnectionOptions(
-                servers[0],
-                tls=tls,
-                tls_ca=tls_ca,
-                tls_cert=tls_cert,
-                tls_key=tls_key,
-                tls_name=tls_name,
-                token=read_token(token_file, os.environ),
-                insecure=insecure,
-            )
-        elif _on_command_line("tls", "tls_ca", "tls_cert", "tls_key", "token_file"):
+        if not servers and _on_command_line("tls", "tls_ca", "tls_cert", "tls_key", "token_file"):
             raise UsageError("TLS and token options are for a server that is named: give --server HOST:PORT")
-        session = Session(connection, (data_dir or default_data_dir()).absolute(), as_json, debug, reconnect_s)
+        options_for = functools.partial(
+            ConnectionOptions,
+            tls=tls,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_name=tls_name,
+            token=read_token(token_file, os.environ),
+            insecure=insecure,
+        )
+        connection = None
+        if servers and not is_fleet(servers):
+            connection = options_for(servers[0])
+        folder = (data_dir or default_data_dir()).absolute()
+        session = Session(connection, folder, as_json, debug, reconnect_s, tuple(servers), options_for)
         try:
             return command(session=session, **rest)
         finally:
@@ -191,7 +212,7 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--server",
             multiple=True,
             metavar="HOST:PORT",
-            help="[env: TUNER_SERVER; default: a local server]",
+            help="Repeatable where it says so.  [env: TUNER_SERVER; default: a local server]",
         ),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
         click.option(

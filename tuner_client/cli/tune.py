@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tuner_client.cli.session import Session, session_options
+from tuner_client.cli.sharded import sharding_options, tune_on_several, wants_sharding
 from tuner_client.request import TuneRequest, parse_input_shapes, parse_tags, parse_target
 from tuner_core.errors import UsageError
 
@@ -30,6 +31,7 @@ from tuner_core.errors import UsageError
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the search.")
 @click.option("--refresh", is_flag=True, help="Measure again what the store already holds.")
 @click.option("--detach", is_flag=True, help="Leave the job to the server and return at once.")
+@sharding_options
 @session_options
 def tune_command(
     session: Session,
@@ -45,11 +47,16 @@ def tune_command(
     seed: int,
     refresh: bool,
     detach: bool,
+    store: str | None,
+    wait: float | None,
+    heartbeat_s: float,
 ) -> None:
     """Tune the operators of MODEL (.onnx or torch.export .pt2), and build it.
 
     Ends with a table: latency of each operator and of the whole model, before and after. Ctrl-C leaves the job to a
-    named server, and saves it with a local one; "tuner-client resume JOB" goes on.
+    named server, and saves it with a local one or several; "tuner-client resume JOB" goes on.
+
+    With --server given several times (or dns:///NAME:PORT) the operators are shared out among all of them.
 
     Exit codes: 0 done, 1 failed, 2 usage, 3 some operators failed, 130 interrupted.
     """
@@ -66,11 +73,15 @@ def tune_command(
         seed=seed,
         tags=parse_tags(tag),
     )
+    if wants_sharding(session, store, wait):
+        if detach:
+            raise UsageError("--detach needs one server; a job over several is driven by this client")
+        sys.exit(tune_on_several(session, request, store, wait, heartbeat_s))
     if detach and session.connection is None:
         raise UsageError("--detach needs a server that stays: give --server HOST:PORT (or set TUNER_SERVER)")
     from tuner_client.cli.results import run_job
 
     arguments = ["--sm-percent", str(sm_percent)] if sm_percent is not None else []
     with session.client(arguments, lines=True) as client:
-        code = run_job(session, client, lambda: client.run(request, detach=detach))
+        code = run_job(session, lambda: client.run(request, detach=detach))
     sys.exit(code)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tuner_client.job import JobReport, TaskReport
 from tuner_client.render import units
+from tuner_client.render.instances import instance_table
 from tuner_client.render.pace import Pace, fraction
 from tuner_client.render.tasks import task_table, where
 from tuner_core.model import TaskState
@@ -104,12 +105,12 @@ class _JobView:
         report = self._report
         if report is None:
             return
-        rows = max(_FEWEST_ROWS, console.size.height - _LINES_AROUND)
+        rows = max(_FEWEST_ROWS, console.size.height - _LINES_AROUND - len(report.instances))
         chosen = self._choose(report, rows)
         yield Group(
             self._header(report),
             self._bar(report),
-            Text(),
+            instance_table(report.instances) if report.instances else Text(),
             task_table(chosen, best="best", fill=True),
             self._rest(report, chosen),
         )

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from tuner_client.job import JobReport, TaskReport
 from tuner_client.render import units
+from tuner_client.render.instances import instance_line
 from tuner_client.render.pace import Pace
 from tuner_client.render.tasks import where
 from tuner_core.model import TaskState
@@ -79,6 +80,8 @@ class PlainProgress:
             self._last_line = now
             self._last_measured = report.measured
             self._line(self._progress_line(report))
+            if report.instances:
+                self._line(instance_line(report.instances))
 
     def _progress_line(self, report: JobReport) -> str:
         parts = [f"{report.measured + report.reused:,}/{report.budget:,} trials"]

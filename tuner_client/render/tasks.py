@@ -9,6 +9,7 @@ from rich.text import Text
 
 from tuner_client.job import DETACHED, JobReport, TaskReport
 from tuner_client.render import units
+from tuner_client.render.instances import instance_summary
 from tuner_core.errors import ExitCode
 from tuner_core.model import TaskState
 
@@ -98,6 +99,7 @@ def final_view(report: JobReport) -> RenderableType:
         if any(task.verified and task.state in _TICKED for task in shown):
             parts.append(Text("✓ measured again alone on the device, output checked", style="dim"))
     parts += [Text(line) for line in failure_lines(report)]
+    parts += [Text(line) for line in instance_summary(report.instances)]
     parts.append(summary(report))
     return Group(*parts)
 

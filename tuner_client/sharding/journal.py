@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,31 @@ def sharded_job(data_dir: Path, job: str) -> JobReport:
     return report
 
 
-def ask_to_cancel(data_dir: Path, job: str) -> None:
-    """Let whoever works on the job end it."""
-    (journal_folder(data_dir) / job / "cancel").touch()
+def remembered_servers(data_dir: Path, job: str) -> list[str]:
+    """The servers that the job was last given."""
+    return [str(server) for server in read_state(journal_folder(data_dir) / job).get("servers", ())]
+
+
+def cancel_sharded(data_dir: Path, job: str, timeout_s: float = 20.0) -> JobReport:
+    """End a job: by the process that works on it, else here.
+
+    Returns:
+        Its state; ``running`` when that process did not answer in time.
+    """
+    folder = journal_folder(data_dir) / job
+    report = sharded_job(data_dir, job)
+    if report.status == JobState.STOPPED:
+        journal = ShardJournal(data_dir, job)
+        report = replace(report, status=JobState.CANCELLED.value, phase="ended")
+        journal.save(report)
+        journal.close()
+        return report
+    (folder / "cancel").touch()
+    deadline = time.monotonic() + timeout_s
+    while not report.ended and time.monotonic() < deadline:
+        time.sleep(0.2)
+        report = sharded_job(data_dir, job)
+    return report
 
 
 def _held(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from tuner_client.sharding.admission import Admission, JobFacts, admit
 from tuner_client.sharding.driver import ShardDriver
 from tuner_client.sharding.gathering import Gatherer
 from tuner_client.sharding.history import records_of, task_history, task_plan
-from tuner_client.sharding.journal import ShardJournal
+from tuner_client.sharding.journal import ShardJournal, sharded_job
 from tuner_client.sharding.link import InstanceLink
 from tuner_client.sharding.report import ShardedJob
 from tuner_core.errors import ConflictError, TunerError
@@ -147,6 +147,7 @@ class ShardedTuner:
         output: Path | None = None,
         model: Path | None = None,
         input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        drive: bool = True,
     ) -> JobReport:
         """Go on with a job from what the store and the instances have; a job that is done is left as it is.
 
@@ -155,6 +156,7 @@ class ShardedTuner:
             output: File to build at the end; needs ``model``.
             model: The file that was tuned.
             input_shapes: As given to ``tune``.
+            drive: Go on measuring; False: only build from what there is.
 
         Raises:
             JobInterrupted: As :meth:`run`.
@@ -169,7 +171,10 @@ class ShardedTuner:
                 if imported.digest != spec.model_digest:
                     raise ConflictError(f"{model} is not the file that {job} tuned (its sha256 differs)")
             with _opened(self._options.store or str(journal.state["store"])) as store:
-                report = self._drive(journal, spec, store, {})
+                report = sharded_job(self._data_dir, job)
+                if drive and report.status != JobState.DONE:
+                    journal.state["servers"] = [server.address for server in self._options.servers]
+                    report = self._drive(journal, spec, store, {})
                 if imported is None:
                     return report
                 prepared = prepare_model(imported, spec.target_json, self._progress, self._quiet)
@@ -221,7 +226,7 @@ class ShardedTuner:
         from tuner_client.api import JobInterrupted
 
         driver_report, interrupted = asyncio.run(self._run(journal, spec, store, left_out))
-        if interrupted and not driver_report.status == JobState.DONE:
+        if interrupted:
             raise JobInterrupted(driver_report)
         self._progress.job(driver_report)
         return driver_report
