@@ -1,7 +1,9 @@
 """Stands in for a CUDA process under MPS: attaches like one, and sees what its percentage grants.
 
 As a program: `mps_client.py probe` prints the facts that `tuner_server.gpu.probe` prints of a 132-SM device;
-`mps_client.py work` says "attached", goes busy, and exits with code 3 when it is taken off the device.
+`mps_client.py work` says "attached", goes busy, and exits with code 3 when it is taken off the device; `mps_client.py
+stuck`
+is so busy elsewhere that it does not notice; `mps_client.py idle` leaves in order when its standard input ends.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import time
 
 TOTAL_SMS = 132
 
@@ -60,8 +63,14 @@ def main() -> int:
         print(json.dumps(facts))
         return 0
     server, _ = attach()
-    say(server, {"op": "busy"})
+    if sys.argv[1] != "idle":
+        say(server, {"op": "busy"})
     print("attached", flush=True)
+    if sys.argv[1] == "idle":
+        sys.stdin.read()
+        return 0
+    if sys.argv[1] == "stuck":
+        time.sleep(3600)
     server.recv(1)  # returns when the server drops this client
     return 3
 

@@ -131,10 +131,9 @@ def test_the_target_is_the_devices_own_and_tvm_accepts_it(gpu: GpuInfo, tmp_path
 class ChildOfTheServer:
     """The part of processes.spawner.Child that stopping needs, around a stand-in of a busy worker."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(STANDIN / "mps_client.py"), "work"], env=env, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, env: dict[str, str], kind: str = "work") -> None:
+        command = [sys.executable, str(STANDIN / "mps_client.py"), kind]
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None and self.process.stdout.readline() == "attached\n"
         self.pid = self.process.pid
         self.exited = asyncio.ensure_future(asyncio.to_thread(self.process.wait))
@@ -144,7 +143,8 @@ class ChildOfTheServer:
         return self.process.poll() is None
 
     def hang_up(self) -> None:
-        pass  # the stand-in has no socket to its server
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def kill(self) -> None:
         self.process.kill()
@@ -161,6 +161,53 @@ def test_a_busy_worker_is_stopped_without_harm_to_its_neighbour(gpu: GpuInfo, tm
             neighbour.process.kill()
             neighbour.process.wait()
             assert not await partitions.stop_worker(neighbour)  # type: ignore[arg-type]
+
+    asyncio.run(body())
+
+
+def test_a_worker_that_leaves_in_order_harms_nobody_whatever_the_daemon_says(gpu: GpuInfo, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            plan = partitions.plan(50)
+            idle = ChildOfTheServer({**os.environ, **plan[0].env}, "idle")
+            assert partitions.daemon.pid is not None
+            os.kill(partitions.daemon.pid, signal.SIGSTOP)
+            try:
+                assert await partitions.stop_worker(idle)  # type: ignore[arg-type]
+            finally:
+                os.kill(partitions.daemon.pid, signal.SIGCONT)
+            assert idle.process.returncode == 0
+
+    asyncio.run(body())
+
+
+def test_a_worker_that_does_not_exit_is_killed_once_it_is_off_the_device(gpu: GpuInfo, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            plan = partitions.plan(50)
+            stuck = ChildOfTheServer({**os.environ, **plan[0].env}, "stuck")
+            neighbour = ChildOfTheServer({**os.environ, **plan[1].env})
+            assert await partitions.stop_worker(stuck)  # type: ignore[arg-type]
+            assert stuck.process.returncode == -signal.SIGKILL
+            assert neighbour.alive
+            neighbour.process.kill()
+
+    asyncio.run(body())
+
+
+def test_where_the_daemon_does_not_answer_a_worker_is_killed_and_its_neighbours_are_not_trusted(
+    gpu: GpuInfo, tmp_path: Path
+) -> None:
+    async def body() -> None:
+        async with provider(gpu, tmp_path / "mps") as partitions:
+            hung = ChildOfTheServer({**os.environ, **partitions.plan(50)[0].env})
+            assert partitions.daemon.pid is not None
+            os.kill(partitions.daemon.pid, signal.SIGSTOP)
+            try:
+                assert not await partitions.stop_worker(hung)  # type: ignore[arg-type]
+            finally:
+                os.kill(partitions.daemon.pid, signal.SIGCONT)
+            assert hung.process.returncode == -signal.SIGKILL
 
     asyncio.run(body())
 
