@@ -14,7 +14,7 @@ from tuner_core.proto.tuner.v1 import records_pb2, records_pb2_grpc
 from tuner_core.store import wire
 from tuner_core.store.interface import CommitResult, Followed, Page, RecordFilter, RecordStore
 from tuner_core.store.paging import MAX_LIMIT, check_follow, check_query
-from tuner_core.store.validation import check_record, check_tags, check_workload
+from tuner_core.store.validation import check_figures, check_tags, check_workload
 from tuner_core.transport.channel import call, stream
 
 _MESSAGE_BYTES = 16 << 20
@@ -53,7 +53,7 @@ class RemoteStore(RecordStore):
         for workload in workloads:
             check_workload(workload)
         for record in records:
-            check_record(record)
+            check_figures(record)  # the server checks the rest
         stored = known = 0
         for request in _requests(records, workloads):
             response = self._call(self._stub.CommitRecords, request)

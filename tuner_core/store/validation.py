@@ -52,6 +52,12 @@ def check_record(record: Record) -> str:
         raise InvalidRecordError(f"{name}: trial_id and workload_digest must be sha256 in lower-case hex")
     if len(record.trace) > MAX_TRACE_BYTES:
         raise InvalidRecordError(f"{name}: its trace is larger than {MAX_TRACE_BYTES} bytes")
+    digest = _checked_address(record, name)
+    check_figures(record)
+    return digest
+
+
+def _checked_address(record: Record, name: str) -> str:
     try:
         digest = trace_digest(record.trace)
     except (ValueError, RecursionError):
@@ -63,6 +69,16 @@ def check_record(record: Record) -> str:
         raise InvalidRecordError(f"{name}: its target is not JSON") from None
     if trial_id_of_digest(record.key, digest, record.job, record.verified) != record.trial_id:
         raise InvalidRecordError(f"{name}: its trial_id is not the address of its content")
+    return digest
+
+
+def check_figures(record: Record) -> None:
+    """The part of :func:`check_record` that costs nothing: what a message could not even carry.
+
+    Raises:
+        InvalidRecordError: Says what is wrong with which record.
+    """
+    name = f"record {record.trial_id[:12]}"
     if not 1 <= record.sm_percent <= 100:
         raise InvalidRecordError(f"{name}: sm_percent {record.sm_percent} is not in 1..100")
     if record.sm_count < 1 or record.neighbours < 0:
@@ -76,4 +92,3 @@ def check_record(record: Record) -> str:
             raise InvalidRecordError(f"{name}: its latency {record.median_us} us is not a positive number")
     elif record.median_us is not None:
         raise InvalidRecordError(f"{name}: a failed trial has no latency")
-    return digest

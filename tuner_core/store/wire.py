@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import asdict
@@ -130,7 +131,7 @@ def record_to_message(record: Record, *, with_trace: bool = True) -> records_pb2
         median_us=record.median_us,
         ci_low_us=record.ci_low_us,
         ci_high_us=record.ci_high_us,
-        evaluator_json=canonical_json(asdict(record.evaluator)),
+        evaluator_json=_evaluator_json(record.evaluator),
         created_at=timestamp(record.created_at),
         failure=record.failure.value if record.failure else "",
         origin=record.origin.value,
@@ -147,7 +148,7 @@ def record_from_message(message: records_pb2.Record) -> Record:
     """
     name = f"record {message.trial_id[:12]}"
     try:
-        evaluator = EvaluatorSettings(**json.loads(message.evaluator_json or "{}"))
+        evaluator = _evaluator(message.evaluator_json)
         partition_kind = PartitionKind(message.partition_kind)
         failure = FailureKind(message.failure) if message.failure else None
         origin = Origin(message.origin)
@@ -199,6 +200,16 @@ def filter_from_message(message: records_pb2.RecordFilter) -> RecordFilter:
         since=seconds(message.since) if message.HasField("since") else None,
         tags=dict(message.tags),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluator_json(evaluator: EvaluatorSettings) -> str:
+    return canonical_json(asdict(evaluator))
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluator(text: str) -> EvaluatorSettings:
+    return EvaluatorSettings(**json.loads(text or "{}"))
 
 
 def _optional(message: Any, name: str) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import sqlite3
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from tuner_core.errors import InvalidRecordError, NotFoundError
@@ -28,6 +29,25 @@ RECORD_COLUMNS = (
     "r.trial_id, r.group_id, r.verified, r.sort_us, r.created_at, r.neighbours, r.ci_low_us, r.ci_high_us, "
     "r.latencies_us, r.failure, r.failure_message, r.trace"
 )
+# what differs from trial to trial; everything else is the group's
+_OF_A_TRIAL = frozenset(
+    {
+        "trial_id",
+        "trace",
+        "verified",
+        "latencies_us",
+        "median_us",
+        "ci_low_us",
+        "ci_high_us",
+        "created_at",
+        "neighbours",
+        "failure",
+        "failure_message",
+    }
+)
+_shared_facts = operator.attrgetter(
+    *(field.name for field in fields(Record) if field.name not in _OF_A_TRIAL and field.name != "tags")
+)
 
 
 class RecordWriter:
@@ -38,6 +58,7 @@ class RecordWriter:
         self._workloads: dict[str, tuple[int, str, str]] = {}
         self._targets: dict[str, int] = {}
         self._keys: dict[RecordKey, int] = {}
+        self._groups: dict[tuple[Any, ...], int] = {}
 
     def put_workload(self, workload: Workload) -> None:
         """Store a workload unless its digest is there already."""
@@ -173,6 +194,13 @@ class RecordWriter:
         return found
 
     def _group(self, record: Record, key_id: int) -> int:
+        shared = (*_shared_facts(record), *sorted(record.tags.items()))
+        found = self._groups.get(shared)
+        if found is None:
+            found = self._groups[shared] = self._new_or_known_group(record, key_id)
+        return found
+
+    def _new_or_known_group(self, record: Record, key_id: int) -> int:
         _, op, description = self._workload(record.workload_digest)
         op, description = record.op or op, record.description or description
         tags, facts = canonical_json(dict(record.tags)), canonical_json(_facts(record))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tuner_core.errors import InvalidRecordError, TunerError, UsageError
 from tuner_core.model import (
@@ -20,8 +22,9 @@ from tuner_core.model import (
     RecordKey,
     Workload,
     canonical_json,
+    sha256_hex,
     target_digest,
-    trial_id,
+    trial_id_of_digest,
 )
 from tuner_core.store.interface import RecordStore
 from tuner_core.store.tvm_folder.lines import (
@@ -33,7 +36,7 @@ from tuner_core.store.tvm_folder.lines import (
     parse_workload,
 )
 
-_BATCH = 2_000
+_BATCH = 1_000
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class _Import:
     records: int = 0
     stored: int = 0
     failed: int = 0
+    target: tuple[dict[str, Any], str, str] | None = None
 
     def run(self) -> ImportReport:
         workloads: dict[int, Workload] = {}
@@ -179,8 +183,15 @@ class _Import:
                 workloads[number] = _canonical_workload(parse_workload(line))
         distinct = {workload.digest: workload for workload in workloads.values()}
         self.store.commit([], distinct.values())
+        with ThreadPoolExecutor(1) as committing:  # the next lines are read while a server stores the ones before
+            self._import_records(workloads, committing)
+        return ImportReport(
+            self.records, self.stored, self.records - self.stored, self.failed, len(distinct), tuple(self.problems)
+        )
+
+    def _import_records(self, workloads: Mapping[int, Workload], committing: Executor) -> None:
         batch: list[Record] = []
-        targets: dict[str, str] = {}
+        commit: Future[None] | None = None
         now = time.time()
         for number, line in self._lines(RECORD_FILE):
             with self._problems(RECORD_FILE, number):
@@ -190,14 +201,15 @@ class _Import:
                     raise InvalidRecordError(
                         f"its workload, line {stock.workload + 1} of {WORKLOAD_FILE}, is not there"
                     )
-                batch.append(self._record(stock, workload, targets, now))
+                batch.append(self._record(stock, workload, now))
             if len(batch) >= _BATCH:
-                self._commit(batch)
+                if commit is not None:
+                    commit.result()
+                commit = committing.submit(self._commit, batch)
                 batch = []
+        if commit is not None:
+            commit.result()
         self._commit(batch)
-        return ImportReport(
-            self.records, self.stored, self.records - self.stored, self.failed, len(distinct), tuple(self.problems)
-        )
 
     def _lines(self, name: str) -> Iterator[tuple[int, bytes]]:
         path = self.folder / name
@@ -219,16 +231,15 @@ class _Import:
             where = (self.folder / name).relative_to(self.top)
             self.problems.append(f"{where} line {number + 1}: {error}")
 
-    def _record(self, stock: StockRecord, workload: Workload, targets: dict[str, str], now: float) -> Record:
-        written = canonical_json(stock.target)
-        if written not in targets:
-            targets[written] = self._spelling(written)
-        target_json = targets[written]
+    def _record(self, stock: StockRecord, workload: Workload, now: float) -> Record:
+        if self.target is None or stock.target != self.target[0]:  # a folder has one target, as a rule
+            target_json = self._spelling(canonical_json(stock.target))
+            self.target = (stock.target, target_json, target_digest(target_json))
+        _, target_json, digest = self.target
         origin = self.origin
-        digest = target_digest(target_json)
         key = RecordKey(workload.digest, digest, origin.device_model, origin.sm_count, origin.tvm_version)
         return Record(
-            trial_id=trial_id(key, stock.trace, "", False),
+            trial_id=trial_id_of_digest(key, sha256_hex(stock.trace), "", False),
             workload_digest=workload.digest,
             trace=stock.trace,
             target_json=target_json,

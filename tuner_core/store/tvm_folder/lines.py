@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuner_core.errors import InvalidRecordError
-from tuner_core.model import Record, Workload
+from tuner_core.model import Record, Workload, canonical_json
 
 WORKLOAD_FILE = "database_workload.json"
 RECORD_FILE = "database_tuning_record.json"
@@ -29,7 +29,7 @@ _FAILED_RUN_S = 1e7
 
 @dataclass(frozen=True)
 class StockRecord:
-    """One line of the record file. ``runs_s`` is empty for a trial that failed."""
+    """One line of the record file. ``trace`` is canonical JSON; ``runs_s`` is empty for a trial that failed."""
 
     workload: int
     trace: str
@@ -89,7 +89,7 @@ def parse_record(line: bytes) -> StockRecord:
         raise InvalidRecordError("the seconds are not positive numbers")
     if max(runs) >= _FAILED_RUN_S:
         runs = ()
-    return StockRecord(row[0], json.dumps(trace, separators=(",", ":")), runs, target)
+    return StockRecord(row[0], canonical_json(trace), runs, target)
 
 
 def record_line(record: Record, workload: Workload, number: int) -> str:
