@@ -1,4 +1,4 @@
-"""What a GPU host really does: MPS, SM shares, measurement side by side, and every fault with its recovery time.
+"""What a GPU host really does: MPS, SM shares, an exclusive turn, and every fault with its recovery time.
 
     python benchmarks/gpu_probe.py OUT_DIR [--budget-s 220] [--only SECTION ...] [--rehearse]
 
@@ -429,33 +429,6 @@ async def kill_mps_server(probe: Probe) -> dict[str, Any]:
     return facts
 
 
-async def rates(probe: Probe) -> dict[str, Any]:
-    """Measurements per second at each division of the GPU, with the evaluator's default settings."""
-    rows = []
-    await probe.up()
-    assert probe.provider is not None
-    for share, workers_count in ((100, 1), (50, 2), (25, 4), (12, 8)):
-        start = time.perf_counter()
-        fleet = await probe.partition(share, workers_count)
-        partitioned_s = time.perf_counter() - start
-        await asyncio.gather(*(fleet.measure(probe.request("good")) for _ in range(workers_count)))  # fill the caches
-        start = time.perf_counter()
-        count = 12 * workers_count
-        latencies = await asyncio.gather(*(fleet.measure(probe.request("good")) for _ in range(count)))
-        rows.append(
-            {
-                "sm_percent": share,
-                "workers": workers_count,
-                "sm_count_seen": sorted({worker.sm_count_seen for worker in fleet.workers()}),
-                "partitioned_s": partitioned_s,
-                "measurements_per_s": count / (time.perf_counter() - start),
-                "good_us": statistics.median(one.median_us for one in latencies),
-            }
-        )
-    await probe.partition(25, 4)
-    return {"rows": rows}
-
-
 async def alone(probe: Probe) -> dict[str, Any]:
     """How long the others stand still for eight measurements alone."""
     fleet = await probe.up()
@@ -497,7 +470,6 @@ SECTIONS: dict[str, tuple[Section, float]] = {
     "killed_server": (killed_server, 40),
     "build": (build, 100),
     "workers": (workers, 60),
-    "rates": (rates, 60),
     "alone": (alone, 30),
     "illegal": (_guilty("illegal", FailureKind.RUN_ERROR), 60),
     "endless": (_guilty("endless", FailureKind.RUN_TIMEOUT, 2.0), 60),

@@ -37,12 +37,15 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(arguments: Sequence[str] = (), data_dir: Path | None = None) -> Iterator[RunningServer]:
+def running_server(
+    arguments: Sequence[str] = (), data_dir: Path | None = None, cores: Sequence[int] = ()
+) -> Iterator[RunningServer]:
     """A ``tuner-server`` on a free port and a data directory of its own, stopped with SIGTERM at the end.
 
     Args:
         arguments: More of its command-line arguments.
         data_dir: Its data directory; None: a temporary one.
+        cores: Cores that it may use; empty: all.
 
     Raises:
         RuntimeError: It did not start, with its own error line.
@@ -61,6 +64,7 @@ def running_server(arguments: Sequence[str] = (), data_dir: Path | None = None) 
                 pass_fds=[writer],
                 stdout=log,
                 stderr=log,
+                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
             )
         os.close(writer)
         try:
