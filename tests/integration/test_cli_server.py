@@ -168,6 +168,20 @@ def test_build_uses_the_records_and_says_how_many_operators_they_cover(tuned: Tu
     assert output.stat().st_size > 0
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores for two shares")
+def test_build_takes_another_shares_record_only_on_request_and_says_so(tuned: Tuned) -> None:
+    publish_best_search_record(tuned)
+    build = ("build", str(tuned.model), "--sm-percent", "50", "-o", str(tuned.folder / "half.so"))
+    strict = tuned.json(*build)["coverage"]
+    assert strict["tuned"] == 0 and strict["looser"] == {}
+    assert any(name.startswith("conv2d") for name in strict["missing"])
+    run = tuned.run(*build, "--nearest-share")
+    assert run.returncode == 0, run.stderr
+    said = " ".join(run.stdout.split())
+    assert re.search(r"1 of 4 operators tuned .*1 by records of another share", said), said
+    assert re.search(r"looser: conv2d .*: no record for .* with 1 SMs; nearest: .* with \d+ SMs", said), said
+
+
 APPLY = """
 import json, logging, sys
 from pathlib import Path

@@ -19,6 +19,11 @@ from tuner_client.model.load import load_model
 from tuner_client.model.prepare import parse_target, prepare
 from tuner_core.errors import ModelError, TunerError, UsageError
 
+# of all tasks of the light models, read through once: they say what the operators are
+DESCRIPTIONS: dict[str, list[str]] = json.loads(
+    (Path(__file__).parents[1] / "data" / "light_model_descriptions.json").read_text()
+)
+
 
 def save(path: Path, nodes: list[Any], given: list[int | str] | None, weights: dict[str, Any] | None = None) -> Path:
     graph = helper.make_graph(
@@ -56,9 +61,41 @@ def test_every_light_model_imports_gives_its_tasks_and_keeps_its_weights(name: s
     functions = [f for f in prepared.module.functions.values() if isinstance(f, tvm.tirx.PrimFunc)]
     assert {digest_of(function) for function in functions} == digests, "every function finds its task's record"
     assert not any("unknown" in task.workload.description or "opaque" in task.workload.op for task in tasks)
+    assert [task.workload.description for task in tasks] == DESCRIPTIONS[name]
+    for task in tasks:
+        shapes = [shape for _, _, shape in task.workload.args_info]
+        begun = begins(task.workload.op, shapes)
+        assert task.workload.description.startswith(f"{task.workload.op} {begun}"), (task.workload.description, shapes)
     sent = [len(base64.b64decode(node["data"])) for node in tensors(prepared.lifted_json)]
     assert sum(sent) < 4096
     assert sum(int(np.prod(weight.shape)) for weight in prepared.weights) > 1_000_000
+
+
+def begins(op: str, shapes: list[tuple[int, ...]]) -> str:
+    """How an operator's description must go on after its name, by the shapes of its arguments alone."""
+
+    def times(extents: tuple[int, ...]) -> str:
+        return "x".join(map(str, extents))
+
+    first, second, last = shapes[0], shapes[min(1, len(shapes) - 1)], shapes[-1]
+    if op.endswith("conv2d"):
+        channels, per_group = first[1], second[1]
+        groups = channels // per_group
+        kind = "conv2d" if groups == 1 else "depthwise_conv2d" if per_group == 1 else "group_conv2d"
+        assert op == kind
+        return f"{times(first)} -> {second[0]}, {times(second[2:])}, "
+    if op == "dense":
+        return f"{times(first)} -> {second[1]}, fp32"
+    if "pool" in op:
+        return f"{times(first)} -> {times(last[-2:])}, " if op.endswith("2d") else f"{times(first)} -> "
+    if op == "softmax":
+        return f"{times(last)}, fp32"
+    if op == "mean":
+        return f"{times(first)} -> {times(last)}, fp32"
+    if op == "sum":  # of two tensors, stacked
+        return f"2x{times(first)} -> {times(last)}, fp32"
+    several = " ".join(times(shape) for shape in shapes[:-1][:3]) + (" ..." if len(shapes) > 4 else "")
+    return f"{several} -> {times(last)}, fp32"
 
 
 def tensors(text: str) -> list[dict[str, Any]]:
