@@ -18,7 +18,7 @@ import click
 from tuner_core.datadir import default_data_dir
 from tuner_core.errors import ExitCode, TunerError, UsageError
 from tuner_core.model import EvaluatorSettings
-from tuner_server import __version__
+from tuner_server import __version__, timeline
 from tuner_server.config import (
     DEFAULT_LISTEN,
     DeviceSettings,
@@ -112,6 +112,12 @@ def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) ->
 @click.option("--insecure", is_flag=True, help="Listen beyond loopback without TLS.")
 @click.option("--reflection", is_flag=True, help="Offer gRPC server reflection.")
 @click.option("--allow-volatile-store", is_flag=True, help="Accept a store that may forget.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a Perfetto/Chrome trace of search, build, measurement and commits.",
+)
 @click.option("--lazy", is_flag=True, help="Start worker processes at the first need.")
 @click.option("--ready-fd", type=int, help="Write one JSON line there when up, or when it failed.")
 @click.option("--exit-with-parent", type=int, default=0, metavar="PID", help="Stop when that parent process ends.")
@@ -177,6 +183,7 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         reflection=options["reflection"],
         allow_volatile_store=options["allow_volatile_store"],
         lazy=options["lazy"],
+        trace=options["trace"].absolute() if options["trace"] else None,
         exit_with_parent=options["exit_with_parent"],
     )
 
@@ -208,6 +215,8 @@ async def _serve(config: ServerConfig, ready_fd: int | None) -> ExitCode:
         loop.add_signal_handler(number, stop.set)
     if config.exit_with_parent:
         _stop_with_parent(config.exit_with_parent)
+    if config.trace is not None:
+        timeline.start(config.trace)
     server = Server(config)
     starting = asyncio.create_task(server.start())
     stopping = asyncio.create_task(stop.wait())
@@ -224,6 +233,7 @@ async def _serve(config: ServerConfig, ready_fd: int | None) -> ExitCode:
     await stopping
     log.info("stopping")
     await server.stop()
+    timeline.stop()
     log.info("stopped")
     return ExitCode.DONE
 

@@ -69,6 +69,7 @@ class ServerConfig:
         repartition: Whether a job that asks for another share gets the device re-partitioned when it is free.
         batch: Candidates per search batch; 0: chosen for the device.
         lazy: Start worker processes at the first need, not at once.
+        trace: File for a trace of what all processes do; None: none.
         exit_with_parent: Process id to follow into its end; 0: none. Such an embedded server leaves interrupted jobs
             stopped, others resume theirs when they start.
     """
@@ -91,6 +92,7 @@ class ServerConfig:
     reflection: bool = False
     allow_volatile_store: bool = False
     lazy: bool = False
+    trace: Path | None = None
     exit_with_parent: int = 0
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tuner_server import timeline
 from tuner_server.build.pool import BuildPool
 from tuner_server.config import ServerConfig
 from tuner_server.processes.spawner import Spawner
@@ -28,6 +29,7 @@ class WorkPools:
         self._spare: tuple[int, ...] | None = None
         self._search: SearchPool | None = None
         self._build: BuildPool | None = None
+        self._pause = timeline.Span("pause", "search and build", "paused")
         self.search_processes = 0
 
     @property
@@ -68,6 +70,7 @@ class WorkPools:
     def pause(self) -> None:
         """Stop the processes until :meth:`resume`; deadlines stand still."""
         if self._spare is not None:
+            self._pause.begin()
             self.search.pause()
             self.build.pause()
 
@@ -76,6 +79,7 @@ class WorkPools:
         if self._spare is not None:
             self.search.resume()
             self.build.resume()
+            self._pause.end()
 
     async def stop(self) -> None:
         """End the processes."""

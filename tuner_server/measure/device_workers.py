@@ -13,6 +13,7 @@ from typing import Any
 
 from tuner_core.errors import ConflictError, UnavailableError
 from tuner_core.model import FailureKind
+from tuner_server import timeline
 from tuner_server.measure.exclusive import ExclusiveTurn
 from tuner_server.measure.gate import CoreGate
 from tuner_server.measure.memory import says_out_of_memory
@@ -203,7 +204,8 @@ class DeviceWorkers:
             raise TrialFailed(lost.kind, f"twice: {lost}") from None
 
     async def _turn(self, work: Work, *, alone: bool, first: bool = False) -> Done:
-        slot = await self._turns.take(work.accepts, within_alone=alone, first=first)
+        with timeline.waiting("waiting to be measured"):
+            slot = await self._turns.take(work.accepts, within_alone=alone, first=first)
         # A task of its own: when the caller is cancelled the worker is not killed for it, but finishes and comes back.
         activity = _Activity(slot)
         task = asyncio.create_task(self._request(slot, work, activity, alone))
@@ -231,7 +233,8 @@ class DeviceWorkers:
             self._running.add(activity)
             for other in self._running:
                 other.neighbours = max(other.neighbours, len(self._running) - 1)
-            with self._holding(work, alone):
+            stage = timeline.as_stage("promotion") if alone else contextlib.nullcontext()
+            with self._holding(work, alone), stage:
                 reply = await child.request(work.op, work.args, work.timeout_s, kill=False)
             return Done(reply, slot, slot.sm_count_seen, slot.affinity, activity.neighbours)
         except ChildTimeout:

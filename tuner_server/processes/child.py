@@ -41,6 +41,12 @@ def one_line(error: BaseException, limit: int = 500) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:limit]
 
 
+def cpu_s() -> float:
+    """Processor time of this process, its threads, and the children that it has waited for, in seconds."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def serve(sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
     """Answer requests until the peer closes.
 
@@ -50,6 +56,7 @@ def serve(sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
     """
     while (request := frames.receive(sock)) is not None:
         reply: dict[str, Any] = {"id": request["id"]}
+        before_s = cpu_s()
         try:
             reply["result"] = handlers[request["op"]](request["args"])
         except WorkError as error:
@@ -57,4 +64,5 @@ def serve(sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
         except Exception as error:
             traceback.print_exc()
             reply["error"] = {"kind": "internal", "message": one_line(error)}
+        reply["cpu_s"] = round(cpu_s() - before_s, 4)
         frames.send(sock, reply)

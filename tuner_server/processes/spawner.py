@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner_core.errors import TunerError
+from tuner_server import timeline
 from tuner_server.processes import frames
 from tuner_server.processes.zygote import ROLES
 
@@ -69,6 +70,7 @@ class Child:
     Attributes:
         name: For logs, e.g. ``build-3``.
         pid: Process id, also the id of its process group.
+        role: What it does: ``search``, ``build``, ``measure``.
         exited: Done when the process has ended and was reaped; its result is the exit code.
         log: File that it writes its standard output and error to; None when that is unknown.
     """
@@ -80,10 +82,12 @@ class Child:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         log: Path | None = None,
+        role: str = "",
     ) -> None:
         self.name = name
         self.pid = pid
         self.log = log
+        self.role = role
         self.exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._writer = writer
@@ -128,7 +132,9 @@ class Child:
             log_start = _size(self.log)
             exchange = asyncio.ensure_future(self._exchange(message))
             try:
-                reply = await self._within(exchange, timeout_s)
+                with timeline.slice(self.role, self.name, op) as about:
+                    reply = await self._within(exchange, timeout_s)
+                    about["cpu_s"] = (reply or {}).get("cpu_s", 0.0)
             except BaseException:  # also when the caller is cancelled: the answer would confuse the next request
                 exchange.cancel()
                 self._abandoned = True
@@ -361,7 +367,7 @@ class Spawner:
         finally:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
-        child = Child(name, pid, reader, writer, log_path)
+        child = Child(name, pid, reader, writer, log_path, role)
         if on_exit is not None:
             child.exited.add_done_callback(lambda _: on_exit(child))
         zygote.adopt(child)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from tuner_core.model import Record, Workload
 from tuner_core.store.interface import RecordStore
+from tuner_server import timeline
 
 
 class Committer:
@@ -46,7 +47,8 @@ class Committer:
             if not batch:
                 continue
             try:
-                await asyncio.to_thread(self._store.commit, [record for record, _ in batch])
+                with timeline.slice("commit", "store", f"{len(batch)} records"):
+                    await asyncio.to_thread(self._store.commit, [record for record, _ in batch])
             except Exception as error:
                 for _, done in batch:
                     if not done.done():
