@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 from tuner_server.search.features import FeatureTable
+from tuner_server.search.registers import RegisterLimits
 from tuner_server.search.space import DesignSpace, Point
 from tuner_server.search.threads import ThreadLimits
 from tuner_server.search.validity import ValidityModel
@@ -47,6 +48,43 @@ def test_the_target_limits_threads_too_and_a_cpu_does_not() -> None:
     space = DesignSpace(0, GPU_TRACE)
     assert not ThreadLimits(space, GPU_TRACE[0], max_threads=64).allow(point(16, 8))
     assert ThreadLimits(space, GPU_TRACE[0], max_threads=0).allow(point(64, 64))
+
+
+# One loop of 1024 in MetaSchedule's five levels: blocks, virtual threads, threads, and two that each thread unrolls.
+TILED: list[Any] = [
+    [
+        ["GetLoops", ["b0"], [], ["l1"]],
+        ["SamplePerfectTile", ["l1"], [5, 64], ["v2", "v3", "v4", "v5", "v6"]],
+        ["Split", ["l1", "v2", "v3", "v4", "v5", "v6"], [True, False], ["l7", "l8", "l9", "l10", "l11"]],
+        ["Fuse", ["l7"], [1], ["l12"]],
+        ["Bind", ["l12"], ["blockIdx.x"], []],
+        ["Fuse", ["l8"], [1], ["l13"]],
+        ["Bind", ["l13"], ["vthread.x"], []],
+        ["Fuse", ["l9"], [1], ["l14"]],
+        ["Bind", ["l14"], ["threadIdx.x"], []],
+    ],
+    [[1, [1, 4, 64, 2, 2]]],
+]
+
+
+def test_accumulators_of_a_thread_must_fit_into_its_registers() -> None:
+    limits = RegisterLimits(DesignSpace(0, TILED), TILED[0], value_bytes=4, per_block=65536)
+    assert limits.allow(((1, 4, 32, 4, 8),))
+    assert limits.allow(((1, 16, 8, 2, 4),))
+    assert not limits.allow(((1, 16, 4, 4, 4),))  # 256 of 255, virtual threads and both unrolled loops counted
+    assert limits.allow(((1024, 1, 1, 1, 1),))
+
+
+def test_the_threads_of_a_block_share_its_registers() -> None:
+    limits = RegisterLimits(DesignSpace(0, TILED), TILED[0], value_bytes=4, per_block=16384)
+    assert limits.allow(((1, 2, 128, 8, 8),))
+    assert not limits.allow(((1, 2, 256, 8, 8),))
+
+
+def test_two_half_precision_values_share_a_register_and_a_double_takes_two() -> None:
+    space = DesignSpace(0, TILED)
+    assert RegisterLimits(space, TILED[0], 2, 65536).allow(((1, 16, 4, 4, 4),))
+    assert not RegisterLimits(space, TILED[0], 8, 65536).allow(((1, 8, 8, 4, 4),))
 
 
 def test_loops_whose_extent_cannot_be_followed_pass() -> None:

@@ -17,6 +17,7 @@ from tvm.target import Target
 from tuner_core.compiler.guard import load_workload
 from tuner_core.compiler.trace import trace_json
 from tuner_server.build.lowering import lower
+from tuner_server.search.registers import RegisterLimits
 from tuner_server.search.space import DesignSpace, Point, Value
 from tuner_server.search.threads import ThreadLimits
 
@@ -86,10 +87,16 @@ class Sketches:
         self._limits = [
             ThreadLimits(space, trace[0], max_threads) for space, trace in zip(self.spaces, traces, strict=True)
         ]
+        value_bytes, per_block = _value_bytes(self._mod), int(self._target.attrs.get("registers_per_block", 65536))
+        self._registers = [
+            RegisterLimits(space, trace[0], value_bytes, per_block) if is_gpu else None
+            for space, trace in zip(self.spaces, traces, strict=True)
+        ]
 
     def allows(self, space: DesignSpace, point: Point) -> bool:
-        """Whether a point is not surely invalid, by arithmetic."""
-        return self._limits[space.index].allow(point)
+        """Whether a point is not surely invalid or hopeless, by arithmetic."""
+        registers = self._registers[space.index]
+        return self._limits[space.index].allow(point) and (registers is None or registers.allow(point))
 
     def apply(self, space: DesignSpace, point: Point | None, seed: int) -> Applied | Rejected:
         """Make a schedule of a point.
@@ -106,6 +113,8 @@ class Sketches:
             return Rejected(type(error).__name__, point)
         if point is None:
             point = space.point_of(json.loads(trace_json(schedule.trace)))
+            if point is not None and not self.allows(space, point):
+                return Rejected("limits", point)
         try:
             schedule.enter_postproc()
             for postproc in self._postprocs:
@@ -142,6 +151,11 @@ class Sketches:
             else:
                 decisions[instructions[knob.position]] = list(value) if isinstance(value, tuple) else value
         return Trace(instructions, decisions)
+
+
+def _value_bytes(mod: Any) -> int:
+    """Size of an element of the output, which is the last parameter; what is accumulated is at least as large."""
+    return max(2, int(tvm_ffi.dtype(str(mod["main"].params[-1].dtype)).itemsize))
 
 
 def _with_limit(instruction: Any, limit: Value) -> Any:
