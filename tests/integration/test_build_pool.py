@@ -129,6 +129,27 @@ def test_a_build_over_its_deadline_is_killed_and_the_next_one_works(
     runner.run(check())
 
 
+def test_a_build_over_its_processor_time_is_ended_and_the_next_one_works(
+    runner: asyncio.Runner, spawner: Spawner, tmp_path: Path, traces: list[str]
+) -> None:
+    async def check() -> None:
+        pool = BuildPool(spawner, 1, tmp_path, cpu_limit_s=0)
+        failures = []
+        for _ in range(100):  # the kernel counts whole seconds
+            try:
+                pool.release(await pool.build(matmul(), traces[0], LLVM))
+            except TrialFailed as failure:
+                failures.append(failure)
+                break
+        assert failures[0].kind is FailureKind.BUILD_TIMEOUT
+        assert "processor time" in str(failures[0])
+        pool._cpu_limit_s = 30
+        assert (await pool.build(matmul(), traces[0], LLVM)).path.exists()
+        await pool.stop()
+
+    runner.run(check())
+
+
 def test_the_death_of_a_build_process_fails_its_build_only(
     runner: asyncio.Runner, pool: BuildPool, traces: list[str]
 ) -> None:
@@ -136,7 +157,7 @@ def test_the_death_of_a_build_process_fails_its_build_only(
         pool.release(await pool.build(matmul(), traces[0], LLVM))  # so that there is a process
         pool.pause()
         doomed = asyncio.create_task(pool.build(matmul(), traces[0], LLVM))
-        assert await until(lambda: pool._turns._value == 1)
+        assert await until(lambda: pool._turns._free == 1)
         busy = pool._children - set(pool._idle)
         assert len(busy) == 1
         os.kill(busy.pop().pid, signal.SIGKILL)
@@ -164,7 +185,7 @@ def test_a_cancelled_build_frees_its_turn(runner: asyncio.Runner, pool: BuildPoo
     async def check() -> None:
         pool.pause()
         waiting = [asyncio.create_task(pool.build(matmul(), traces[0], LLVM)) for _ in range(2)]
-        assert await until(lambda: pool._turns._value == 0)
+        assert await until(lambda: pool._turns._free == 0)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)

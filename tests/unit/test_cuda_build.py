@@ -146,3 +146,22 @@ def test_an_error_in_the_source_shows_the_compilers_words() -> None:
 def test_an_architecture_that_nvrtc_does_not_know_is_named() -> None:
     with pytest.raises(TunerError, match=r"cannot build for sm_35; it can for sm_\d+"):
         cuda_build.build_cubin(SOURCE % KERNEL, "sm_35")
+
+
+@needs_nvrtc
+def test_a_kernel_with_too_many_statements_is_refused_before_it_is_compiled(tmp_path: Path) -> None:
+    limited = BUILD.replace(
+        "    for _ in range(2):",
+        "    from tuner_core.compiler.cuda_build import SourceTooLargeError, limited_statements\n"
+        "    try:\n"
+        "        with limited_statements(20):\n"
+        "            tvm.build(scheduled, target=target)\n"
+        "    except SourceTooLargeError as error:\n"
+        "        print(error)\n"
+        "    for _ in range(1):",
+    )
+    command = [sys.executable, "-c", limited, str(tmp_path / "kernel.so"), "float32", "sm_90"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "statements after unrolling; 20 are the limit" in done.stdout
+    assert len(list((tmp_path / "cubins").iterdir())) == 1  # without the limit it is built

@@ -14,12 +14,17 @@ import os
 import re
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from tuner_core.compiler import nvrtc
 from tuner_core.compiler.cuda_libraries import include_dirs, load_tvm_cuda_runtime
 from tuner_core.errors import TunerError
 
+MAX_STATEMENTS = 4000
+"""Candidates with more are not compiled: NVRTC takes 2 to 15 core-seconds for them, 0.3 for one of usual size."""
+_statement_limit: ContextVar[int] = ContextVar("statement_limit", default=0)
 _PREAMBLE = re.compile(r"\A\s*#ifdef __CUDACC_RTC__\n.*?\n#endif\n", re.DOTALL)
 _LIGHT_PREAMBLE = """\
 typedef signed char int8_t;
@@ -51,6 +56,24 @@ _OPTIONS = (
     "-U__CUDA_NO_BFLOAT162_OPERATORS__",
     "-U__CUDA_NO_BFLOAT162_CONVERSIONS__",
 )
+
+
+class SourceTooLargeError(Exception):
+    """A kernel would take too long to compile."""
+
+
+@contextlib.contextmanager
+def limited_statements(limit: int = MAX_STATEMENTS) -> Iterator[None]:
+    """Refuse to compile sources with more statements than that in the block.
+
+    Args:
+        limit: The largest number.
+    """
+    token = _statement_limit.set(limit)
+    try:
+        yield
+    finally:
+        _statement_limit.reset(token)
 
 
 def light_source(source: str) -> str | None:
@@ -155,6 +178,9 @@ def _compile_callback(source: str) -> bytes:
 
     target = Target.current(allow_none=True)
     arch = str(target.attrs["arch"]) if target is not None and "arch" in target.attrs else None
+    limit, statements = _statement_limit.get(), source.count(";")
+    if limit and statements > limit:
+        raise SourceTooLargeError(f"its kernel has {statements} statements after unrolling; {limit} are the limit")
     if arch is None:
         raise TunerError("a CUDA build needs a target with an arch in scope: with Target(...): tvm.build(...)")
     return build_cubin(source, arch)
@@ -182,4 +208,5 @@ def enable_cuda_builds(cache_dir: Path | None = None) -> bool:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _cache.directory = cache_dir
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile_callback, override=True)
+    tvm_ffi.register_error("SourceTooLargeError", SourceTooLargeError)  # or it would come out of TVM as a RuntimeError
     return stub

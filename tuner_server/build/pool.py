@@ -7,11 +7,13 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tuner_core.model import FailureKind, Workload
+from tuner_server import timeline
 from tuner_server.build.artifact import Artifact, FallbackBuild, ModelBuild
 from tuner_server.fairness import FairTurns
 from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
@@ -20,6 +22,8 @@ from tuner_server.trial import TrialFailed
 __all__ = ["Artifact", "BuildPool", "FallbackBuild", "ModelBuild"]
 
 MODEL_TIMEOUT_S = 900.0
+CPU_LIMIT_S = 5
+"""A usual candidate takes half a second; what takes ten times as long would be one of the slow ones."""
 
 
 class BuildPool:
@@ -30,6 +34,7 @@ class BuildPool:
         processes: How many at most.
         scratch: Directory for artifacts; made when missing.
         timeout_s: Deadline of one build.
+        cpu_limit_s: Processor time that the build of a candidate may take, in whole seconds.
         reference_timeout_s: Deadline of one reference run.
         recycle_after: Builds after which a process is replaced, against what compilers leak.
         affinity: Cores to pin the processes to; empty: all.
@@ -46,10 +51,12 @@ class BuildPool:
         recycle_after: int = 200,
         affinity: Sequence[int] = (),
         nice: int = 0,
+        cpu_limit_s: int = CPU_LIMIT_S,
     ) -> None:
         self._spawner = spawner
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._cpu_limit_s = cpu_limit_s
         self._reference_timeout_s = reference_timeout_s
         self._recycle_after = recycle_after
         self._affinity = tuple(affinity)
@@ -75,9 +82,8 @@ class BuildPool:
             TrialFailed: ``invalid_trace``, ``build_error``, ``build_timeout`` or ``out_of_memory``.
         """
         out = self._new_path("so")
-        result = await self._run(
-            "build", {**_body(workload), "trace": trace, "target": target_json, "out": str(out)}, self._timeout_s, [out]
-        )
+        args = {"trace": trace, "target": target_json, "out": str(out), "cpu_limit_s": self._cpu_limit_s}
+        result = await self._run("build", {**_body(workload), **args}, self._timeout_s, [out])
         return Artifact(out, result["seconds"])
 
     async def fallback(self, workload: Workload, target_json: str) -> FallbackBuild:
@@ -184,6 +190,9 @@ class BuildPool:
         except ChildTimeout:
             raise TrialFailed(FailureKind.BUILD_TIMEOUT, f"the {op} took longer than {timeout_s:g} s") from None
         except ChildDied as error:
+            if error.code == -signal.SIGXCPU:
+                message = f"the {op} took more than {self._cpu_limit_s} s of processor time"
+                raise TrialFailed(FailureKind.BUILD_TIMEOUT, message) from None
             raise TrialFailed(FailureKind.BUILD_ERROR, str(error)) from None
         finally:
             if not done:
@@ -192,7 +201,9 @@ class BuildPool:
 
     @contextlib.asynccontextmanager
     async def _child(self, once: bool) -> AsyncIterator[Child]:
-        async with self._turns.turn():
+        async with contextlib.AsyncExitStack() as turn:
+            with timeline.waiting("waiting to be built"):
+                await turn.enter_async_context(self._turns.turn())
             if self._stopped:
                 raise ChildDied("the build pool", None)
             child = None if once else self._take_idle()

@@ -13,13 +13,14 @@ from typing import Any
 import tvm
 from tvm.target import Target
 
+from tuner_core.compiler.cuda_build import SourceTooLargeError, limited_statements
 from tuner_core.compiler.guard import check_trace, load_lifted_module, load_workload
 from tuner_core.compiler.trace import apply_trace, trace_to_json
 from tuner_core.errors import InvalidRecordError, TunerError, UsageError
 from tuner_core.model import FailureKind
 from tuner_server.build.compile import compile_module, prepare_for_target
 from tuner_server.processes.child import WorkError, one_line, serve
-from tuner_server.processes.limits import limit_resources
+from tuner_server.processes.limits import limit_resources, limited_processor_time
 
 _MODULES_KEPT = 32
 
@@ -38,7 +39,8 @@ class _Builder:
             schedule = apply_trace(mod, args["trace"])
         except (InvalidRecordError, UsageError) as error:
             raise WorkError(FailureKind.INVALID_TRACE, str(error)) from None
-        self._compile(schedule.mod, target, args["out"])
+        with limited_processor_time(args["cpu_limit_s"]), limited_statements():
+            self._compile(schedule.mod, target, args["out"])
         return {"seconds": time.monotonic() - start}
 
     def fallback(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +112,8 @@ class _Builder:
     def _compile(self, mod: tvm.IRModule, target: Target, out: str) -> None:
         try:
             compile_module(mod, target, Path(out))
+        except SourceTooLargeError as error:
+            raise WorkError(FailureKind.BUILD_TIMEOUT, str(error)) from None
         except Exception as error:  # TVM, LLVM, NVRTC and the linker have no common base
             out_of_memory = isinstance(error, MemoryError) or "bad_alloc" in str(error)
             kind = FailureKind.OUT_OF_MEMORY if out_of_memory else FailureKind.BUILD_ERROR

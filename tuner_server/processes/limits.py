@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # Beyond what the process has mapped when it starts: TVM and its libraries map gigabytes that they never touch.
@@ -27,3 +30,21 @@ def limit_resources(extra_address_space: int = _EXTRA_ADDRESS_SPACE) -> None:
             value = min(value, hard)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, (value, value))
+
+
+@contextlib.contextmanager
+def limited_processor_time(seconds: int) -> Iterator[None]:
+    """Have the kernel end this process (SIGXCPU) when the block takes more processor time (RLIMIT_CPU).
+
+    Args:
+        seconds: How much it may take. The kernel counts whole seconds of the process's life, so it may be one more.
+    """
+    _soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(time.process_time()) + seconds
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
