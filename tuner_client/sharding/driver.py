@@ -78,6 +78,7 @@ class ShardDriver:
         }
         self._tasks: set[asyncio.Task[None]] = set()
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._measured_at: dict[str, str] = {}
         self._over = asyncio.Event()
         self._failure: BaseException | None = None
         self.interrupted = False
@@ -266,6 +267,7 @@ class ShardDriver:
                 return [m.BaselineMeasured(now_s, name, base.task, base.token, latency_us, base.trial_id, base.error)]
             case "trial":
                 trial = response.trial
+                self._measured_at[trial.trial_id] = name
                 latency_us = trial.latency_us if trial.HasField("latency_us") else None
                 return [
                     m.TrialFinished(now_s, name, trial.task, trial.token, trial.trial_id, latency_us, trial.failure)
@@ -370,14 +372,25 @@ class ShardDriver:
         tasks = self._machine.board.tasks.values()
         return [trial for task in tasks for trial in (*task.counted, task.best_trial_id) if trial]
 
+    def _coming(self) -> list[str]:
+        """Trials whose records have not come yet, but can."""
+        instances = self._machine.board.instances
+        return [
+            trial
+            for trial in self._gatherer.missing(self._counted())
+            if trial in self._measured_at and instances[self._measured_at[trial]].alive
+        ]
+
+    async def _gather_rest(self) -> None:
+        await self._gatherer.settled(self._coming(), _SETTLE_S)
+        missing = self._gatherer.missing(self._counted())
+        if missing:
+            places = sorted({self._measured_at.get(trial, "servers that are away") for trial in missing})
+            self._progress.note(f"{len(missing)} records are not gathered; they are stored at {', '.join(places)}")
+
     async def _end(self) -> JobReport:
         """The job is over: gather what is still on its way, let the instances forget it."""
-        if not await self._gatherer.settled(self._counted(), _SETTLE_S):
-            missing = len(self._gatherer.missing(self._counted()))
-            away = [a for a, one in self._machine.board.instances.items() if not one.alive]
-            self._progress.note(
-                f"{missing} records could not be gathered; they are stored at {', '.join(away) or 'the servers'}"
-            )
+        await self._gather_rest()
         await self._close_shards()
         report = self.report()
         await asyncio.to_thread(self._journal.save, report)
@@ -392,7 +405,7 @@ class ShardDriver:
                 await asyncio.sleep(0.1)
                 if self._failure is not None:
                     break
-            await self._gatherer.settled(self._counted(), 2.0)
+            await self._gatherer.settled(self._coming(), 2.0)
             await self._close_shards()
             report = self.report(JobState.STOPPED.value)
             await asyncio.to_thread(self._journal.save, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from tuner_core.leases.state import TaskHistory, TaskPlan
 from tuner_core.model import FailureKind, Origin, Record, RecordKey, Workload
@@ -43,12 +44,13 @@ def records_of(store: RecordStore, key: RecordKey, job: str = "") -> list[Record
             return found
 
 
-def task_history(records: list[Record], job: str) -> TaskHistory:
+def task_history(records: list[Record], job: str, addresses: Mapping[str, str] | None = None) -> TaskHistory:
     """What is known of a task from the records of its key.
 
     Args:
         records: Of the key; those of other jobs count as reused.
         job: The job.
+        addresses: Where instances are whose names are in the records.
     """
     wrong = {record.trace for record in records if record.failure is FailureKind.WRONG_RESULT}
     search = [r for r in records if r.origin is not Origin.FALLBACK and not r.verified]
@@ -63,6 +65,7 @@ def task_history(records: list[Record], job: str) -> TaskHistory:
     return TaskHistory(
         trials={r.trial_id: r.median_us if r.trace not in wrong else None for r in own},
         failures=Counter(str(r.failure) for r in own if r.failure is not None),
+        by_instance=Counter((addresses or {}).get(r.instance, r.instance) for r in own),
         reused=len(others),
         best_us=min(valid, default=None),
         baseline_us=baseline.median_us if baseline else None,

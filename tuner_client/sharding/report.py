@@ -126,7 +126,7 @@ def _instance(link: InstanceLink, machine: LeaseMachine) -> InstanceReport:
         address=link.address,
         name=name,
         state=state.state(now_s),
-        trials=state.trials,
+        trials=sum(task.by_instance[link.address] for task in machine.board.tasks.values() if task.plan.tunable),
         late=state.late,
         trials_per_s=rate,
         tasks=tuple(sorted(state.leases)),

@@ -256,15 +256,17 @@ class ShardedTuner:
         if journal.state["epoch"]:
             await self._gather_first(links, gatherer, settings)
         known = {}
+        addresses = {one["name"]: one["address"] for one in before.get("instances", ())}
         states = {task["name"]: task for task in before.get("tasks", ())}
         digest = target_digest(job_facts.target_json)
         for name, workload in workloads.items():
             key = RecordKey(workload.digest, digest, job_facts.device_model, job_facts.sm_count)
             records = await asyncio.to_thread(records_of, store, key, job.job if spec.refresh else "")
             gatherer.note(record for record in records if record.job == job.job)
-            history = task_history(records, job.job)
-            over = states.get(name, {}).get("state") in ("tuned", "fallback") and bool(history.published_id)
-            known[name] = dataclasses.replace(history, concluded=over and states[name]["verified"])
+            history = task_history(records, job.job, addresses)
+            state = states.get(name, {})
+            over = state.get("verified") and state.get("state") in ("tuned", "fallback") and history.published_id
+            known[name] = dataclasses.replace(history, concluded=bool(over))
         machine = LeaseMachine(
             [task_plan(task.name, workloads[task.name], task.weight, task.tunable) for task in spec.tasks],
             spec.trials,

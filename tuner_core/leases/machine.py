@@ -81,6 +81,7 @@ class LeaseMachine:
                 continue
             task.counted = dict(have.trials)
             task.failures = Counter(have.failures)
+            task.by_instance = Counter(have.by_instance)
             task.reused = have.reused
             task.best_us = have.best_us
             if have.published_id:

@@ -65,6 +65,7 @@ class TaskHistory:
     Attributes:
         trials: This job's own trials, oldest first: trial id to latency, None for a failed one.
         failures: Failed ones of them by kind.
+        by_instance: Who measured how many of them.
         reused: Trials of other jobs for the same key.
         best_us: Best latency of all of these.
         baseline_us: Of the fallback schedule, when it was measured.
@@ -75,6 +76,7 @@ class TaskHistory:
 
     trials: Mapping[str, float | None] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
+    by_instance: Mapping[str, int] = field(default_factory=dict)
     reused: int = 0
     best_us: float | None = None
     baseline_us: float | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
+from tuner_core.errors import UnavailableError
 from tuner_core.transport.channel import DEADLINE_S, translate
 from tuner_core.transport.options import CLIENT_CHANNEL_OPTIONS, ConnectionOptions, read_pem
 
@@ -48,6 +50,8 @@ class AioConnection:
             return await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise translate(error, self.address, timeout_s) from None
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            raise self._closed(error) from None
 
     async def stream(self, method: Callable[..., Any], request: Any) -> AsyncIterator[Any]:
         """Messages of a server stream, without a deadline.
@@ -55,14 +59,26 @@ class AioConnection:
         Raises:
             TunerError: As :meth:`call`.
         """
-        responses = method(request, metadata=self._metadata)
+        try:
+            responses = method(request, metadata=self._metadata)
+        except grpc.aio.UsageError as error:
+            raise self._closed(error) from None
         try:
             async for response in responses:
                 yield response
         except grpc.RpcError as error:
             raise translate(error, self.address, None) from None
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            raise self._closed(error) from None
         finally:
             responses.cancel()
+
+    def _closed(self, error: BaseException) -> BaseException:
+        """What to raise for a call that ended because its channel was closed, which gRPC reports as a cancellation."""
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            return error
+        return UnavailableError(f"the connection to {self.address} was closed")
 
     async def close(self) -> None:
         """Close the channel; calls that run are cancelled."""
