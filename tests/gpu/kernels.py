@@ -22,6 +22,21 @@ _WARP = """
     for block in BLOCKS(1):
         for thread in THREADS(32):
 """
+
+
+def _greedy(elements: int) -> str:
+    """An intermediate of so many float32 values, used far apart so that it is not compacted."""
+    return f"""
+    huge = T.alloc_buffer((T.int64({elements}),), "float32")
+    for block in BLOCKS(1):
+        for thread in THREADS(32):
+            huge[T.Cast("int64", thread) * T.int64({elements // 32})] = A[thread]
+    for block in BLOCKS(1):
+        for thread in THREADS(32):
+            B[thread] = huge[T.Cast("int64", thread) * T.int64({elements // 32})]
+"""
+
+
 BODIES = {
     # B = A + 1
     "good": f"""
@@ -46,16 +61,10 @@ BODIES = {
     + """
             B[thread] = A[T.Cast("int64", thread) + T.int64(1 << 42)]
 """,
-    # needs 2 TB of device memory for an intermediate, which is used far apart so that it is not compacted
-    "greedy": """
-    huge = T.alloc_buffer((T.int64(1 << 39),), "float32")
-    for block in BLOCKS(1):
-        for thread in THREADS(32):
-            huge[T.Cast("int64", thread) * T.int64(1 << 34)] = A[thread]
-    for block in BLOCKS(1):
-        for thread in THREADS(32):
-            B[thread] = huge[T.Cast("int64", thread) * T.int64(1 << 34)]
-""",
+    # needs 48 GiB of device memory: a whole GPU has that, a worker with a share of it has not
+    "hungry": _greedy(3 << 32),
+    # needs 2 TB
+    "greedy": _greedy(1 << 39),
 }
 _HEAD = f"""
 @T.prim_func

@@ -16,6 +16,7 @@ import pytest
 from tests.gpu import kernels
 from tuner_core.model import FailureKind
 from tuner_server.gpu.inventory import GpuInfo
+from tuner_server.gpu.target import read_device_facts
 from tuner_server.measure.fleet import WorkerFleet
 from tuner_server.measure.gate import CoreGate
 from tuner_server.partitions.mps import MpsPartitions
@@ -43,12 +44,18 @@ async def four_workers(gpu: GpuInfo, directory: Path) -> AsyncIterator[tuple[Wor
         await spawner.stop()
 
 
-async def all_back(fleet: WorkerFleet, within_s: float) -> None:
-    """The issue's own limits: workers return within 5 s, after a daemon's death within 15 s."""
-    deadline = time.monotonic() + within_s
-    while fleet.capacity < WORKERS:
-        assert time.monotonic() < deadline, f"{fleet.capacity} of {WORKERS} workers after {within_s} s"
+async def all_back(fleet: WorkerFleet, recoveries: int, within_s: float) -> None:
+    """The product's own limits: workers return within 5 s, after a daemon's death within 15 s.
+
+    Args:
+        recoveries: How many there were before the fault.
+    """
+    deadline = time.monotonic() + within_s + 15
+    while fleet.capacity < WORKERS or fleet.facts().recoveries.count == recoveries:
+        assert time.monotonic() < deadline, f"{fleet.capacity} of {WORKERS} workers: {fleet.facts()}"
         await asyncio.sleep(0.02)
+    print(fleet.facts())  # pytest -rP shows it
+    assert fleet.facts().recoveries.longest_s <= within_s, fleet.facts()
 
 
 Hurt = Callable[[WorkerFleet, MpsPartitions], Awaitable[None]]
@@ -70,9 +77,9 @@ async def innocents_survive(
     loops = [asyncio.create_task(innocent()) for _ in range(WORKERS - 1)]
     await asyncio.sleep(0.3)
     pids = {worker.pid for worker in fleet.workers()}
+    recoveries = fleet.facts().recoveries.count
     await hurt(fleet, provider)
-    await asyncio.sleep(1.0)
-    await all_back(fleet, within_s)
+    await all_back(fleet, recoveries, within_s)
     await asyncio.sleep(0.5)
     stop.set()
     await asyncio.gather(*loops)
@@ -132,14 +139,64 @@ def test_an_endless_kernel_is_stopped_and_spares_the_innocent(gpu: GpuInfo, arti
     run(gpu, short_dir / "endless", body)
 
 
-def test_out_of_memory_is_recorded_and_costs_no_worker(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
+def test_two_endless_kernels_at_once_are_stopped(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
+    async def hurt(fleet: WorkerFleet, provider: MpsPartitions) -> None:
+        endless = failing(artifacts, "endless", FailureKind.RUN_TIMEOUT, timeout_s=2.0)
+        await asyncio.gather(endless(fleet, provider), endless(fleet, provider))
+
     async def body(fleet: WorkerFleet, provider: MpsPartitions) -> None:
-        pids = {worker.pid for worker in fleet.workers()}
-        await failing(artifacts, "greedy", FailureKind.OUT_OF_MEMORY)(fleet, provider)
-        await fleet.measure(kernels.request(artifacts / "good.so"))
-        assert {worker.pid for worker in fleet.workers()} == pids
+        await innocents_survive(fleet, provider, artifacts, hurt)
+
+    run(gpu, short_dir / "endless-twice", body)
+
+
+def test_a_stopped_kernel_leaves_the_neighbours_alone(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
+    """What ``terminate_client`` is for: only the guilty worker is replaced, no neighbour's measurement is void."""
+
+    async def body(fleet: WorkerFleet, provider: MpsPartitions) -> None:
+        before = {worker.pid for worker in fleet.workers()}
+        await failing(artifacts, "endless", FailureKind.RUN_TIMEOUT, timeout_s=2.0)(fleet, provider)
+        await all_back(fleet, 0, RECOVERY_S)
+        assert len(before & {worker.pid for worker in fleet.workers()}) == WORKERS - 1, fleet.facts()
+        assert fleet.facts().voided == 0
+
+    run(gpu, short_dir / "terminated", body)
+
+
+def test_a_kernel_that_allocates_more_than_the_gpu_has_is_out_of_memory(
+    gpu: GpuInfo, artifacts: Path, short_dir: Path
+) -> None:
+    async def body(fleet: WorkerFleet, provider: MpsPartitions) -> None:
+        await innocents_survive(fleet, provider, artifacts, failing(artifacts, "greedy", FailureKind.OUT_OF_MEMORY))
+        assert fleet.facts().faults == {"out_of_memory": 1}
 
     run(gpu, short_dir / "greedy", body)
+
+
+def test_a_kernel_that_allocates_more_than_its_workers_limit_is_out_of_memory(
+    gpu: GpuInfo, artifacts: Path, short_dir: Path
+) -> None:
+    async def body(fleet: WorkerFleet, provider: MpsPartitions) -> None:
+        assert not any("does not limit" in line for line in provider.describe()), provider.describe()
+        limit = provider.plan(25)[0].memory_bytes
+        assert limit < 48 << 30, "this GPU is too large for the test's kernel"
+        await innocents_survive(fleet, provider, artifacts, failing(artifacts, "hungry", FailureKind.OUT_OF_MEMORY))
+
+    run(gpu, short_dir / "hungry", body)
+
+
+def test_a_memory_limit_is_kept_and_a_worker_within_it_is_not_bothered(gpu: GpuInfo, short_dir: Path) -> None:
+    async def session() -> None:
+        provider = MpsPartitions(gpu, short_dir / "limit")
+        await provider.start()
+        try:
+            limited = {**provider.plan(25)[0].env, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=2048M"}
+            seen = await read_device_facts(limited)  # allocates beyond the limit, and fails if that works
+            assert seen.sm_count == provider.plan(25)[0].expected_sm_count
+        finally:
+            await provider.stop()
+
+    asyncio.run(session())
 
 
 def test_a_worker_killed_in_a_kernel_costs_no_trial(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
@@ -154,6 +211,39 @@ def test_a_worker_killed_in_a_kernel_costs_no_trial(gpu: GpuInfo, artifacts: Pat
         await innocents_survive(fleet, provider, artifacts, hurt)
 
     run(gpu, short_dir / "killed-worker", body)
+
+
+def test_a_killed_mps_server_costs_no_trial(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
+    async def hurt(_fleet: WorkerFleet, provider: MpsPartitions) -> None:
+        for pid in await provider.daemon.servers():
+            os.kill(pid, signal.SIGKILL)
+
+    async def body(fleet: WorkerFleet, provider: MpsPartitions) -> None:
+        await innocents_survive(fleet, provider, artifacts, hurt)
+
+    run(gpu, short_dir / "killed-server", body)
+
+
+def test_promotion_is_counted_and_keeps_its_bound(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
+    async def body(fleet: WorkerFleet, _provider: MpsPartitions) -> None:
+        good = kernels.request(artifacts / "good.so")
+        stop = asyncio.Event()
+
+        async def other() -> None:
+            while not stop.is_set():
+                await fleet.measure(good)
+
+        loops = [asyncio.create_task(other()) for _ in range(WORKERS)]
+        await asyncio.sleep(0.3)
+        async with fleet.exclusive() as alone:
+            assert [(await alone.measure(good)).neighbours for _ in range(8)] == [0] * 8
+        stop.set()
+        await asyncio.gather(*loops)
+        pauses = fleet.facts().pauses
+        print(pauses)
+        assert pauses.count == 1 and 0 < pauses.longest_s < fleet.facts().pause_bound_s
+
+    run(gpu, short_dir / "promotion", body)
 
 
 def test_a_killed_daemon_costs_no_trial(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:

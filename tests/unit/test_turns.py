@@ -65,6 +65,28 @@ def test_a_turn_alone_waits_for_those_before_it_and_holds_back_those_after_it() 
     run(check())
 
 
+def test_the_others_wait_is_counted_from_when_the_first_of_them_was_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("tuner_server.measure.turns.time.monotonic", lambda: now)
+
+    async def check() -> None:
+        nonlocal now
+        turns = turns_of("a")
+        first = await turns.take()
+        queued = asyncio.create_task(turns.take())
+        alone = asyncio.create_task(turns.begin_alone())
+        await settle()
+        now = 110.0
+        turns.give(first)
+        second = await queued
+        await settle()
+        now = 130.0  # it stands first in the queue since 110, and the device is not free yet
+        turns.give(second)
+        assert await alone == 110.0
+
+    asyncio.run(check())
+
+
 def test_a_slot_that_nobody_before_wants_goes_to_who_wants_it() -> None:
     async def check() -> None:
         turns = turns_of("quarter", "half")
