@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import kernels
-from tuner_core.errors import ConflictError, TunerError, UsageError
+from tuner_core.errors import ConflictError, TunerError
 from tuner_server.config import DeviceSettings, ServerConfig
 from tuner_server.engine import Engine
 from tuner_server.lanes.lane import Lane
@@ -129,9 +129,6 @@ def test_what_cannot_be_had_is_refused_with_what_is_on_offer(tmp_path: Path) -> 
                 await server.offer(30)
             with pytest.raises(ConflictError, match=r"measures for the target .*, not for .*sm_90"):
                 await server.offer(50, kernels.H200_TARGET)
-        with pytest.raises(UsageError, match=r"50 \+ 60 sum to 110 %, more than the device has; .*--oversubscribe"):
-            async with engine(tmp_path / "sum", two_cores(50, 60)):
-                pass
 
     asyncio.run(body())
 

@@ -17,7 +17,7 @@ from tuner_core.proto.tuner.v1 import tuning_pb2, tuning_pb2_grpc
 from tuner_core.store.interface import RecordFilter
 from tuner_core.store.open import open_store
 
-TRIALS = 24
+TRIALS = 20
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
