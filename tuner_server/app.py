@@ -19,6 +19,8 @@ from tuner_core.errors import TunerError, UsageError
 from tuner_core.proto.tuner.v1 import (
     host_pb2,
     host_pb2_grpc,
+    leases_pb2,
+    leases_pb2_grpc,
     records_pb2,
     records_pb2_grpc,
     tuning_pb2,
@@ -33,6 +35,7 @@ from tuner_server.scheduler.journal import JobJournal
 from tuner_server.scheduler.supervisor import JobSupervisor
 from tuner_server.services.auth import Authenticator, read_tokens
 from tuner_server.services.host import HostServicer
+from tuner_server.services.leases import LeaseServicer
 from tuner_server.services.records import RecordServicer
 from tuner_server.services.tuning import TuningServicer
 
@@ -42,6 +45,7 @@ SERVICES = (
     tuning_pb2.DESCRIPTOR.services_by_name["TuningService"].full_name,
     records_pb2.DESCRIPTOR.services_by_name["RecordService"].full_name,
     host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
+    leases_pb2.DESCRIPTOR.services_by_name["LeaseService"].full_name,
 )
 
 
@@ -100,6 +104,9 @@ class Server:
         )
         host_pb2_grpc.add_HostServiceServicer_to_server(
             HostServicer(self._engine, self._jobs, self.instance, config.store_url), self._grpc
+        )
+        leases_pb2_grpc.add_LeaseServiceServicer_to_server(
+            LeaseServicer(self._jobs, authenticator, self.instance), self._grpc
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

@@ -60,6 +60,13 @@ class Offer:
         """The device, or one of several of the same model."""
         return self.devices[0].info
 
+    @property
+    def workers(self) -> int:
+        """Workers that a job would have, if it had all of the devices."""
+        if self.on_offer:
+            return sum(device.configured.count(self.sm_percent) for device in self.devices)
+        return sum(len(device.provider.plan(self.sm_percent)) for device in self.devices)
+
 
 _BATCH = {"cpu": 8, "cuda": 16}
 """Candidates of a task that are proposed together; two batches are in flight, and learn nothing from each other."""
@@ -117,6 +124,10 @@ class Engine:
     def default_share(self) -> int:
         """Share of a job that does not ask for one."""
         return self.devices[0].configured[0]
+
+    def batch(self, offer: Offer) -> int:
+        """Candidates in one batch of a search."""
+        return self._config.batch or _BATCH[offer.device.kind]
 
     def workers(self) -> list[WorkerSnapshot]:
         """The workers of all devices as they are now."""
@@ -314,7 +325,6 @@ class Engine:
 
     def _lane(self, offer: Offer, devices: list[SharedDevice]) -> Lane:
         assert self._pools is not None
-        batch = self._config.batch or _BATCH[offer.device.kind]
         return Lane(
             sm_percent=offer.sm_percent,
             sm_count=offer.sm_count,
@@ -325,7 +335,7 @@ class Engine:
             tvm_version=self.tvm_version,
             evaluator=self.evaluator,
             run_timeout_s=self.run_timeout_s,
-            limits=Limits(batch=batch, batches_at_once=2 * (self._pools.search_processes + 1)),
+            limits=Limits(batch=self.batch(offer), batches_at_once=2 * (self._pools.search_processes + 1)),
             gathering=self._gathering,
         )
 

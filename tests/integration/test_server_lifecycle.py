@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.integration.client_process import client, environment
+from tests.integration.server_process import ServerProcess, server
 from tests.integration.tiny_models import write_tiny_cnn
 from tuner_core.proto.tuner.v1 import host_pb2, host_pb2_grpc, tuning_pb2, tuning_pb2_grpc
 from tuner_core.store.interface import RecordFilter
@@ -29,50 +30,6 @@ from tuner_core.store.open import open_store
 
 TRIALS = 40
 CORES = sorted(os.sched_getaffinity(0))
-
-
-class ServerProcess:
-    """``tuner-server`` on a data directory, told when it is up."""
-
-    def __init__(self, data_dir: Path, *options: str) -> None:
-        ready, writer = os.pipe()
-        data_dir.mkdir(exist_ok=True)
-        self.log = data_dir / "server.log"
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "tuner_server", "--listen", "127.0.0.1:0"),
-                    *("--data-dir", str(data_dir), "--ready-fd", str(writer), *options),
-                ],
-                env=environment(),
-                pass_fds=[writer],
-                stdout=log,
-                stderr=log,
-            )
-        os.close(writer)
-        with os.fdopen(ready) as said:
-            answer = json.loads(said.readline() or "{}")
-        assert "address" in answer, self.log.read_text()
-        self.address: str = answer["address"]
-
-    def family(self) -> list[psutil.Process]:
-        """Its children and theirs."""
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def stop(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-
-@contextlib.contextmanager
-def server(data_dir: Path, *options: str) -> Iterator[ServerProcess]:
-    started = ServerProcess(data_dir, *options)
-    try:
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.process.kill()
-            started.process.wait()
 
 
 def gone(processes: list[psutil.Process]) -> bool:

@@ -473,12 +473,12 @@ def test_leases_wait_for_partitions() -> None:
     assert engine.ends() == [(1, "measured", 8)]
 
 
-def test_a_shard_at_rest_lets_go_of_its_searches_and_starts_again_from_what_it_knows() -> None:
+def test_a_shard_whose_searches_were_closed_starts_again_from_what_it_knows() -> None:
     engine = SimulatedEngine()
     engine.grant(1, 8)
     engine.run()
-    engine.handle(sm.Rest())
-    assert isinstance(engine.sessions[-1], m.CloseSession)
+    engine.handle(sm.Stopped("idle"))
+    assert len(engine.ends()) == 1
     engine.grant(2, 4)
     engine.run()
     opened = engine.sessions[-1]

@@ -8,19 +8,23 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner_core.errors import StoreError
 from tuner_core.model import JobState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """One job as it was last written. Times are seconds since the epoch, ``elapsed_s`` is time spent running."""
+    """One job as it was last written. Times are seconds since the epoch, ``elapsed_s`` is time spent running.
+
+    ``lease_s`` is set for a shard: how long its leases last; ``tokens`` are then the newest ones seen, by task name.
+    """
 
     job: str
     spec: tuning_pb2.JobSpec
@@ -28,6 +32,8 @@ class JournalEntry:
     status: tuning_pb2.JobStatus
     created_at: float
     elapsed_s: float
+    lease_s: float | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 class JobJournal:
@@ -54,6 +60,11 @@ class JobJournal:
                 "spec BLOB NOT NULL, status BLOB NOT NULL, created_at REAL NOT NULL, elapsed_s REAL NOT NULL)"
             )
             self._db.execute("CREATE INDEX IF NOT EXISTS jobs_by_request ON jobs (request_id)")
+            self._db.execute("CREATE TABLE IF NOT EXISTS shards (job TEXT PRIMARY KEY, lease_s REAL NOT NULL)")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS tokens (job TEXT NOT NULL, task TEXT NOT NULL, token INTEGER NOT NULL, "
+                "PRIMARY KEY (job, task)) WITHOUT ROWID"
+            )
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         except sqlite3.Error as error:
             raise StoreError(f"cannot open the job journal {path}: {error}; check the data directory") from None
@@ -62,6 +73,15 @@ class JobJournal:
         """Write a new job, queued."""
         row = (job, spec.request_id or None, JobState.QUEUED, spec.SerializeToString(), status.SerializeToString())
         self._execute("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 0)", (*row, time.time()))
+
+    def mark_shard(self, job: str, lease_s: float) -> None:
+        """Write that a job is a shard, before or after :meth:`add`."""
+        self._execute("INSERT OR REPLACE INTO shards VALUES (?, ?)", (job, lease_s))
+
+    def note_token(self, job: str, task: str, token: int) -> None:
+        """Write the newest token seen of a shard's task; an older one changes nothing."""
+        sql = "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET token = max(token, excluded.token)"
+        self._execute(sql, (job, task, token))
 
     def update(self, job: str, state: JobState, status: tuning_pb2.JobStatus, elapsed_s: float) -> None:
         """Write how far a job has come."""
@@ -85,10 +105,15 @@ class JobJournal:
 
     def entries(self, limit: int = 1000) -> list[JournalEntry]:
         """Jobs, newest first."""
-        columns = "job, spec, state, status, created_at, elapsed_s"
-        sql = f"SELECT {columns} FROM jobs ORDER BY created_at DESC, rowid DESC LIMIT ?"
+        columns = "job, spec, state, status, created_at, elapsed_s, lease_s"
+        sql = (
+            f"SELECT {columns} FROM jobs LEFT JOIN shards USING (job) ORDER BY created_at DESC, jobs.rowid DESC LIMIT ?"
+        )
+        tokens: dict[str, dict[str, int]] = {}
         with self._lock:
             rows = self._db.execute(sql, (limit,)).fetchall()
+            for job, task, token in self._db.execute("SELECT job, task, token FROM tokens"):
+                tokens.setdefault(job, {})[task] = token
         return [
             JournalEntry(
                 job,
@@ -97,8 +122,10 @@ class JobJournal:
                 tuning_pb2.JobStatus.FromString(status),
                 created_at,
                 elapsed_s,
+                lease_s,
+                tokens.get(job, {}),
             )
-            for job, spec, state, status, created_at, elapsed_s in rows
+            for job, spec, state, status, created_at, elapsed_s, lease_s in rows
         ]
 
     def close(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tuner_core.model import JobState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_server.lanes.lane import Lane
-from tuner_server.scheduler.machine import JobMachine
+from tuner_server.scheduler import messages as m
+from tuner_server.scheduler.progress import TaskProgress
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,26 @@ class JobFacts:
     spec: tuning_pb2.JobSpec
     created_at: float
     instance: str
+
+
+class Machine(Protocol):
+    """What a report reads from a state machine."""
+
+    @property
+    def tasks(self) -> Sequence[TaskProgress]:
+        """The job's tasks."""
+
+    @property
+    def phase(self) -> str:
+        """What the job is doing, for people."""
+
+    @property
+    def finished(self) -> m.Finish | None:
+        """How it ended."""
+
+    @property
+    def model(self) -> m.ModelMeasured | None:
+        """What the whole model's measurement said."""
 
 
 def queued_status(facts: JobFacts) -> tuning_pb2.JobStatus:
@@ -58,7 +81,7 @@ def device_facts(status: tuning_pb2.JobStatus, lane: Lane) -> None:
 
 
 def running_status(
-    facts: JobFacts, machine: JobMachine, base: tuning_pb2.JobStatus, elapsed_s: float
+    facts: JobFacts, machine: Machine, base: tuning_pb2.JobStatus, elapsed_s: float
 ) -> tuning_pb2.JobStatus:
     """Status of a job whose machine is at work or has ended.
 

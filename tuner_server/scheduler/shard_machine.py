@@ -166,8 +166,6 @@ class ShardMachine:
                 self._end_all(event.reason, out)
             case sm.Stopped():
                 self._stop(event, out)
-            case sm.Rest():
-                self._rest(out)
             case sm.Tick():
                 self._now_s = max(self._now_s, event.now_s)
                 for shard in self.shards:
@@ -354,13 +352,6 @@ class ShardMachine:
             for lease in shard.leases:
                 lease.promoting = False
                 self._end(shard, lease, lease.ending or event.reason, event.error, out)
-
-    def _rest(self, out: list[sm.Instruction]) -> None:
-        for shard in self.shards:
-            if not shard.leases:
-                searching.close_session(shard.progress, out)
-                promotion.drop_artifacts(shard.progress, out)
-                shard.spare.clear()
 
     def _advance(self, out: list[sm.Instruction]) -> None:
         for shard in self.shards:

@@ -51,15 +51,10 @@ class AllRevoked:
 
 @dataclass(frozen=True)
 class Stopped:
-    """All work has been cancelled: leases end at once, with what they have measured."""
+    """All work has been cancelled, searches are closed: leases end at once, with what they have measured."""
 
     reason: str
     error: str = ""
-
-
-@dataclass(frozen=True)
-class Rest:
-    """Nobody has asked for anything in a long time: let go of searches and of what was built."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Tick:
     now_s: float
 
 
-Event = m.Event | LaneOpened | LaneClosed | KnownFound | LeaseRevoked | AllRevoked | Stopped | Rest | Tick
+Event = m.Event | LaneOpened | LaneClosed | KnownFound | LeaseRevoked | AllRevoked | Stopped | Tick
 
 # Instructions
 

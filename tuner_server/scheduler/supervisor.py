@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import secrets
 import time
-import zlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
-from tuner_core.errors import ConflictError, NotFoundError, TunerError, UsageError
+from tuner_core.errors import ConflictError, NotFoundError, TunerError
 from tuner_core.model import JobState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_core.store.interface import RecordStore
@@ -20,34 +16,16 @@ from tuner_server.engine import Engine
 from tuner_server.lanes.lane import Lane
 from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.driver import JobRun
+from tuner_server.scheduler.job import Job
 from tuner_server.scheduler.journal import JobJournal
 from tuner_server.scheduler.report import JobFacts, queued_status
+from tuner_server.scheduler.shard_run import ShardRun
+from tuner_server.scheduler.shards import ShardSupervisor
+from tuner_server.scheduler.validation import validate_spec
 
 log = logging.getLogger(__name__)
 
-MAX_TRIALS = 1_000_000
-MAX_TASKS = 10_000
-MAX_BODY_BYTES = 16 << 20
-JOURNAL_INTERVAL_S = 2.0
 WATCH_INTERVAL_S = 0.2
-
-
-@dataclass
-class _Job:
-    facts: JobFacts
-    status: tuning_pb2.JobStatus
-    elapsed_s: float = 0.0
-    run: JobRun | None = None
-    turn: asyncio.Task[None] | None = None
-    cancel_wanted: bool = False
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    messages: list[str] = field(default_factory=list)
-    journalled_at: float = 0.0
-
-    @property
-    def state(self) -> JobState:
-        return JobState(self.status.status)
 
 
 class JobSupervisor:
@@ -59,6 +37,10 @@ class JobSupervisor:
         journal: Where jobs survive a restart.
         instance: Name of this server instance.
         auto_resume: Whether interrupted jobs go on at :meth:`start`; else they wait for :meth:`resume`.
+
+    Attributes:
+        shards: Parts of jobs that clients shard over several instances; they are jobs, too.
+        draining: What is held is finished, and nothing more is taken.
     """
 
     def __init__(
@@ -69,28 +51,37 @@ class JobSupervisor:
         self._journal = journal
         self._instance = instance
         self._auto_resume = auto_resume
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._runner: asyncio.Task[None] | None = None
         self._submitting = asyncio.Lock()
+        self.shards = ShardSupervisor(self._jobs, engine, store, journal, instance)
         self.draining = False
-        self.trials_measured = 0
+        self._trials_measured = 0
+
+    @property
+    def trials_measured(self) -> int:
+        """Trials of all jobs that are not at work any more."""
+        return self._trials_measured + self.shards.trials_measured
 
     async def start(self) -> None:
         """Read the journal, queue what was interrupted, begin to run."""
+        self.shards.start()
         for entry in reversed(await asyncio.to_thread(self._journal.entries)):
             facts = JobFacts(entry.job, entry.spec, entry.created_at, self._instance)
-            job = _Job(facts, entry.status, entry.elapsed_s)
+            job = Job(facts, entry.status, entry.elapsed_s, lease_s=entry.lease_s, tokens=dict(entry.tokens))
             self._jobs[entry.job] = job
             if entry.state.ended and not (entry.state is JobState.STOPPED and self._auto_resume):
                 continue
-            if self._auto_resume:
+            if self._auto_resume and job.lease_s is not None:
+                self.shards.restore(job)
+            elif self._auto_resume:
                 log.info("%s goes on: it was interrupted", entry.job)
-                self._set_state(job, JobState.QUEUED, "queued again after a restart of the server")
+                job.set_state(JobState.QUEUED, "queued again after a restart of the server")
                 self._queue.put_nowait(entry.job)
             else:
-                self._set_state(job, JobState.STOPPED, f"stopped; go on with: tuner-client resume {entry.job}")
-            await self._write(job)
+                job.set_state(JobState.STOPPED, f"stopped; go on with: tuner-client resume {entry.job}")
+            await job.write(self._journal)
         self._runner = asyncio.create_task(self._run_jobs())
 
     async def stop(self) -> None:
@@ -98,11 +89,17 @@ class JobSupervisor:
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
+        await self.shards.stop()
         for job in self._jobs.values():
             if not job.state.ended:
-                self._set_state(job, JobState.STOPPED, f"stopped; go on with: tuner-client resume {job.facts.job}")
-                await self._write(job)
+                job.set_state(JobState.STOPPED, f"stopped; go on with: tuner-client resume {job.facts.job}")
+                await job.write(self._journal)
             job.changed.set()
+
+    def drain(self) -> None:
+        """Finish the jobs that are held, end leases, and take no more."""
+        self.draining = True
+        self.shards.drain()
 
     # Requests
 
@@ -128,7 +125,7 @@ class JobSupervisor:
             spec.target_json = (await self._engine.offer(spec.sm_percent, spec.target_json)).target_json
             job_id = f"job-{secrets.token_hex(4)}"
             facts = JobFacts(job_id, spec, time.time(), self._instance)
-            job = _Job(facts, queued_status(facts))
+            job = Job(facts, queued_status(facts))
             await asyncio.to_thread(self._journal.add, job_id, spec, job.status)
             self._jobs[job_id] = job
             self._queue.put_nowait(job_id)
@@ -143,7 +140,7 @@ class JobSupervisor:
         Raises:
             NotFoundError: There is no such job.
         """
-        return self._status(self._find(job_id))
+        return self._find(job_id).current
 
     def statuses(self, limit: int) -> list[tuning_pb2.JobStatus]:
         """Statuses without their tasks, newest first."""
@@ -151,14 +148,18 @@ class JobSupervisor:
         statuses = []
         for job in newest[: limit or None]:
             status = tuning_pb2.JobStatus()
-            status.CopyFrom(self._status(job))
+            status.CopyFrom(job.current)
             del status.tasks[:]
             statuses.append(status)
         return statuses
 
     def running(self) -> list[str]:
-        """Jobs that have not ended."""
-        return [job_id for job_id, job in self._jobs.items() if not job.state.ended]
+        """Jobs that have not ended; of the shards those with leases."""
+        return [
+            job_id
+            for job_id, job in self._jobs.items()
+            if (job.run.needs_partitions if isinstance(job.run, ShardRun) else not job.state.ended)
+        ]
 
     async def watch(self, job_id: str) -> AsyncIterator[tuple[tuning_pb2.JobStatus, str]]:
         """The job's status now, then whenever it changes, until it has ended; with lines for people in between.
@@ -170,7 +171,7 @@ class JobSupervisor:
         said = len(job.messages)
         while True:
             job.changed.clear()
-            status = self._status(job)
+            status = job.current
             for message in job.messages[said:]:
                 yield status, message
             said = len(job.messages)
@@ -187,16 +188,18 @@ class JobSupervisor:
             NotFoundError: There is no such job.
         """
         job = self._find(job_id)
-        if job.run is not None:
+        if job.lease_s is not None:
+            await self.shards.cancel(job)
+        elif isinstance(job.run, JobRun):
             job.run.cancel()
             await job.ended.wait()
         elif not job.state.ended or job.state is JobState.STOPPED:
             job.cancel_wanted = True
             if job.turn is not None:
                 job.turn.cancel()
-            self._set_state(job, JobState.CANCELLED, "cancelled")
-            await self._write(job)
-        return self._status(job)
+            job.set_state(JobState.CANCELLED, "cancelled")
+            await job.write(self._journal)
+        return job.current
 
     async def resume(self, job_id: str) -> tuning_pb2.JobStatus:
         """Go on with a job that was stopped, cancelled or failed; one that runs or is done is left as it is.
@@ -209,11 +212,14 @@ class JobSupervisor:
         if job.state in (JobState.STOPPED, JobState.CANCELLED, JobState.FAILED):
             if self.draining:
                 raise ConflictError("this server is draining and takes no more jobs")
+            if job.lease_s is not None:
+                await self.shards.resume(job)
+                return job.current
             job.cancel_wanted = False
-            self._set_state(job, JobState.QUEUED, "queued again")
-            await self._write(job)
+            job.set_state(JobState.QUEUED, "queued again")
+            await job.write(self._journal)
             self._queue.put_nowait(job_id)
-        return self._status(job)
+        return job.current
 
     # Running
 
@@ -233,41 +239,40 @@ class JobSupervisor:
                     turn.cancel()
                 await asyncio.gather(*turns, return_exceptions=True)
 
-    async def _run_in_turn(self, job: _Job, committer: Committer) -> None:
+    async def _run_in_turn(self, job: Job, committer: Committer) -> None:
         """Wait until there are partitions for the job, then run it."""
         spec = job.facts.spec
-        self._set_state(job, JobState.QUEUED, f"waiting for partitions of {spec.sm_percent} %")
+        job.set_state(JobState.QUEUED, f"waiting for partitions of {spec.sm_percent} %")
         try:
             async with self._engine.lane(spec.sm_percent, spec.target_json) as lane:
                 job.turn = None
                 await self._run(job, lane, committer)
         except TunerError as problem:  # what goes wrong while it runs is dealt with there
             log.error("%s cannot run: %s", job.facts.job, problem)
-            self._set_state(job, JobState.FAILED, str(problem))
-            await self._write(job)
+            job.set_state(JobState.FAILED, str(problem))
+            await job.write(self._journal)
         except Exception:
             log.exception("%s cannot run", job.facts.job)
-            self._set_state(job, JobState.FAILED, "internal error (see the server's log)")
-            await self._write(job)
+            job.set_state(JobState.FAILED, "internal error (see the server's log)")
+            await job.write(self._journal)
 
-    async def _run(self, job: _Job, lane: Lane, committer: Committer) -> None:
+    async def _run(self, job: Job, lane: Lane, committer: Committer) -> None:
         name = job.facts.job
 
         def changed(message: str) -> None:
             if message:
                 job.messages.append(message)
             job.changed.set()
-            if time.monotonic() - job.journalled_at > JOURNAL_INTERVAL_S:
-                job.journalled_at = time.monotonic()
-                writes.append(asyncio.create_task(self._write(job)))
+            if job.due():
+                writes.append(asyncio.create_task(job.write(self._journal)))
                 writes[:] = [write for write in writes if not write.done()]
 
         writes: list[asyncio.Task[None]] = []
         run = JobRun(job.facts, lane, self._store, committer, job.elapsed_s, changed)
         job.ended.clear()
-        self._set_state(job, JobState.RUNNING, "starting")
+        job.set_state(JobState.RUNNING, "starting")
         job.run = run
-        await self._write(job)
+        await job.write(self._journal)
         error = ""
         final: JobState | None = None
         try:
@@ -288,36 +293,22 @@ class JobSupervisor:
             await asyncio.gather(*writes, return_exceptions=True)
             status = run.status
             job.elapsed_s = run.elapsed_s
-            self.trials_measured += status.trials_measured
+            self._trials_measured += status.trials_measured
             job.run = None
             job.status = status
             assert final is not None
-            self._set_state(job, final, error or status.error)
-            await asyncio.shield(self._write(job))
+            job.set_state(final, error or status.error)
+            await asyncio.shield(job.write(self._journal))
             job.ended.set()
             log.info("%s: %s", name, final)
 
     # Parts
 
-    def _find(self, job_id: str) -> _Job:
+    def _find(self, job_id: str) -> Job:
         job = self._jobs.get(job_id)
         if job is None:
             raise NotFoundError(f"there is no job {job_id} on this server; see: tuner-client jobs")
         return job
-
-    def _status(self, job: _Job) -> tuning_pb2.JobStatus:
-        return job.run.status if job.run is not None else job.status
-
-    def _set_state(self, job: _Job, state: JobState, error: str) -> None:
-        job.status.status = state
-        job.status.error = error if state.ended else ""
-        job.status.phase = "ended" if state.ended else error
-        job.changed.set()
-
-    async def _write(self, job: _Job) -> None:
-        status = self._status(job)
-        elapsed_s = job.run.elapsed_s if job.run is not None else job.elapsed_s
-        await asyncio.to_thread(self._journal.update, job.facts.job, JobState(status.status), status, elapsed_s)
 
 
 class _committer:
@@ -332,43 +323,3 @@ class _committer:
 
     async def __aexit__(self, *_: object) -> None:
         await self._committer.stop()
-
-
-def validate_spec(spec: tuning_pb2.JobSpec) -> None:
-    """Check a job's request before it is taken in.
-
-    Raises:
-        UsageError: Says what is wrong.
-    """
-    if not 1 <= spec.sm_percent <= 100:
-        raise UsageError(f"sm_percent is {spec.sm_percent}, but must be 1 to 100")
-    if not 1 <= spec.trials <= MAX_TRIALS:
-        raise UsageError(f"trials is {spec.trials}, but must be 1 to {MAX_TRIALS:,}")
-    if len(spec.tasks) > MAX_TASKS:
-        raise UsageError(f"the job has {len(spec.tasks)} tasks, over the limit of {MAX_TASKS:,}")
-    for task in spec.tasks:
-        body = _inflate(task.workload.body_zlib, f"the workload of task {task.name}")
-        if hashlib.sha256(body).hexdigest() != task.workload.digest:
-            raise UsageError(f"the workload of task {task.name} does not have the digest that it claims")
-        if task.weight < 1:
-            raise UsageError(f"the weight of task {task.name} is {task.weight}, but must be at least 1")
-    if spec.HasField("evaluator"):
-        asked = spec.evaluator
-        if asked.number < 1 or asked.repeat < 1 or not 0 <= asked.min_repeat_ms <= 10_000:
-            raise UsageError("evaluator settings are out of range: number and repeat from 1, min_repeat_ms 0 to 10000")
-    if spec.target_json:
-        try:
-            json.loads(spec.target_json)
-        except ValueError:
-            raise UsageError("the target is not JSON") from None
-
-
-def _inflate(data: bytes, what: str) -> bytes:
-    stream = zlib.decompressobj()
-    try:
-        body = stream.decompress(data, MAX_BODY_BYTES)
-    except zlib.error:
-        raise UsageError(f"{what} is not zlib data") from None
-    if stream.unconsumed_tail:
-        raise UsageError(f"{what} is over the limit of {MAX_BODY_BYTES >> 20} MiB")
-    return body

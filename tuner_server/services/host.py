@@ -84,7 +84,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
     @mapped
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Finish what runs, take no more."""
-        self._jobs.draining = True
+        self._jobs.drain()
         return pb.DrainResponse(running_jobs=self._jobs.running())
 
 

@@ -120,7 +120,8 @@ class LeaseServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RenewLeases(self, request, context):
-        """RenewLeases moves deadlines; tokens that have ended or are unknown come back in `lost`. It is the client's heartbeat.
+        """RenewLeases moves deadlines; unknown tokens, and those that ended over lease_s ago, come back in `lost` (the LeaseEnded
+        of others is on its way). It is the client's heartbeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,7 +137,8 @@ class LeaseServiceServicer(object):
 
     def MeasureModel(self, request, context):
         """MeasureModel measures the whole model here, untuned and with the given records; they must be in this instance's store
-        (NOT_FOUND names one that is not). It answers when it is measured, minutes later perhaps; cancelling it stops it.
+        (NOT_FOUND names one that is not). It answers when it is measured,
+        minutes later perhaps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
