@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tuner_client.model.fold import fold_constants
 from tuner_client.model.load import one_line
 from tuner_core.compiler.describe import worth_trials
+from tuner_core.compiler.fallback import has_device_code
 from tuner_core.compiler.lift import lift_constants
 from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.compiler.workload import normalise, workload_from_module
@@ -138,6 +139,8 @@ def _tasks(prepared: IRModule, target: Target) -> list[ExtractedTask]:
     tasks = []
     for task in ms.relax_integration.extract_tasks(prepared, target):
         module = normalise(task.dispatched[0])
+        if _has_open_shapes(module["main"]) and has_device_code(module["main"]):
+            continue  # TVM's own scan for GPUs, with its shapes as parameters: there is nothing to tune
         workload = workload_from_module(module)
         if any(0 in shape for _, _, shape in workload.args_info):
             raise ModelError(
@@ -146,3 +149,13 @@ def _tasks(prepared: IRModule, target: Target) -> list[ExtractedTask]:
         tasks.append(ExtractedTask(str(task.task_name), workload, int(task.weight), worth_trials(module)))
     tasks.sort(key=lambda task: (order.get(task.name, len(order)), task.name))
     return tasks
+
+
+def _has_open_shapes(function: Any) -> bool:
+    from tvm import tirx
+
+    return any(
+        not isinstance(extent, int | tirx.IntImm)
+        for parameter in function.params
+        for extent in getattr(parameter, "shape", ())
+    )
