@@ -203,6 +203,8 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
         self.store = store
         self.host = host
         self.shards: dict[str, Shard] = {}
+        self.grants = Path(settings["folder"]) / "grants"
+        self.grants.touch()
 
     async def _shard(self, job: str, context: Any) -> Shard:
         if job not in self.shards:
@@ -235,7 +237,8 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
         except Refused as refused:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused), (("tuner-error", "ConflictError"),))
         shard.wake.set()
-        self.host.grants.append((time.time(), lease.task, lease.token))
+        with self.grants.open("a") as file:
+            file.write(f"{time.time()} {lease.task} {lease.token}\n")
         return leases_pb2.GrantLeaseResponse()
 
     async def RenewLeases(self, request: Any, context: Any) -> Any:
@@ -295,7 +298,6 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         self.settings = settings
         self.name = f"{settings['name']}-{secrets.token_hex(2)}"
         self.draining = False
-        self.grants: list[tuple[float, str, int]] = []
 
     async def GetHost(self, request: Any, context: Any) -> Any:
         device = self.settings.get("device", DEVICE)
@@ -343,8 +345,6 @@ async def serve(settings: dict[str, Any]) -> None:
     print(port, flush=True)
     await stopping.wait()
     await server.stop(0.2)
-    (folder / "grants.json").write_text(json.dumps(host.grants))
-    (folder / "busy.json").write_text(json.dumps([shard.instance.busy_s for shard in leases.shards.values()]))
 
 
 if __name__ == "__main__":

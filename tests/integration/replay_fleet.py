@@ -45,6 +45,11 @@ class Replayed:
         port = int(self.address.rpartition(":")[2])
         self.process, self.address = _start({**self.settings, "port": port})
 
+    def grants(self) -> list[tuple[float, str]]:
+        """When it took a lease of which task, seconds since the epoch."""
+        lines = (Path(self.settings["folder"]) / "grants").read_text().splitlines()
+        return [(float(line.split()[0]), line.split()[1]) for line in lines]
+
     def records(self, job: str) -> set[str]:
         """Trial ids of the job in this server's own store."""
         return {record.trial_id for record in records_of(f"sqlite:///{self.settings['folder']}/records.sqlite", job)}

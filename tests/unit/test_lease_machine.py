@@ -1,0 +1,228 @@
+"""The lease state machine, event by event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuner_core.leases import messages as m
+from tuner_core.leases.machine import LeaseMachine
+from tuner_core.leases.state import EPOCH_BITS, LeaseSettings, TaskHistory, TaskPlan
+from tuner_core.model import JobState, TaskState
+
+H = 1.0
+BATCH = 8
+
+
+class Bench:
+    """A machine, a clock, and what it has said so far."""
+
+    def __init__(self, tasks: int = 2, trials: int = 64, *, untunable: int = 0, **more: Any) -> None:
+        plans = [TaskPlan(f"t{i}", 1, True, 10.0 - i) for i in range(tasks)]
+        plans += [TaskPlan(f"u{i}", 1, False) for i in range(untunable)]
+        wait_s = more.pop("wait_s", None)
+        self.machine = LeaseMachine(plans, trials, LeaseSettings(heartbeat_s=H, wait_s=wait_s), **more)
+        self.now = 0.0
+        self.trial = 0
+
+    def feed(self, kind: Any, *values: Any, **named: Any) -> list[m.Instruction]:
+        return self.machine.handle(kind(self.now, *values, **named))
+
+    def join(self, name: str, incarnation: str = "1") -> list[m.Instruction]:
+        return self.feed(m.InstanceJoined, name, incarnation, 1, BATCH)
+
+    def accept(self, out: list[m.Instruction]) -> list[m.Instruction]:
+        """The instances take what they are given; what follows from that."""
+        more: list[m.Instruction] = []
+        for one in out:
+            if isinstance(one, m.Warm):
+                more += self.accept(self.feed(m.Warmed, one.instance, one.task, one.token))
+            elif isinstance(one, m.Grant):
+                more += self.accept(self.feed(m.LeaseAccepted, one.instance, one.task, one.token))
+        return [*out, *more]
+
+    def measure(self, instance: str, task: str, token: int, count: int, us: float = 5.0) -> list[m.Instruction]:
+        out: list[m.Instruction] = []
+        for _ in range(count):
+            self.trial += 1
+            out += self.feed(m.TrialFinished, instance, task, token, f"trial{self.trial}", us)
+        return out
+
+    def pass_time(self, seconds: float, *alive: str) -> list[m.Instruction]:
+        """Time in which only these instances are heard from."""
+        out: list[m.Instruction] = []
+        for _ in range(int(seconds * 8)):
+            self.now += 1 / 8
+            for name in alive:
+                out += self.feed(m.Heard, name)
+            out += self.feed(m.Tick)
+        return out
+
+    def leases(self) -> dict[str, tuple[str, int]]:
+        """Task to instance and token."""
+        tasks = self.machine.board.tasks.values()
+        return {task.plan.name: (task.lease.instance, task.lease.token) for task in tasks if task.lease}
+
+
+def grants(out: list[m.Instruction]) -> list[m.Grant]:
+    return [one for one in out if isinstance(one, m.Grant)]
+
+
+def test_tasks_are_spread_over_the_instances_and_stay_where_they_are() -> None:
+    bench = Bench(tasks=2, trials=160)
+    bench.accept(bench.join("a"))
+    taken = bench.accept(bench.join("b"))
+    ended = [one for one in taken if isinstance(one, m.Revoke)]
+    for one in ended:  # b had nothing, so a gives one back that it had not begun
+        bench.accept(bench.feed(m.LeaseEnded, one.instance, one.task, one.token, "revoked"))
+    homes = {task: instance for task, (instance, _) in bench.leases().items()}
+    assert sorted(homes.values()) == ["a", "b"]
+    for _ in range(6):
+        for task, (instance, token) in bench.leases().items():
+            bench.accept(bench.measure(instance, task, token, BATCH))
+        bench.accept(bench.pass_time(0.25, "a", "b"))
+    assert {task: instance for task, (instance, _) in bench.leases().items()} == homes
+
+
+def test_a_lease_is_extended_under_its_token_before_it_runs_dry() -> None:
+    bench = Bench(tasks=1, trials=400)
+    bench.accept(bench.join("a"))
+    (token,) = {token for _, token in bench.leases().values()}
+    for _ in range(20):
+        out = bench.accept(bench.measure("a", "t0", token, 4))
+        assert {one.token for one in grants(out)} <= {token}
+        lease = bench.machine.board.tasks["t0"].lease
+        assert lease is not None and lease.outstanding >= BATCH
+
+
+def test_a_silent_instance_loses_its_leases_within_two_heartbeats_and_they_run_elsewhere_under_newer_tokens() -> None:
+    bench = Bench(tasks=2, trials=400)
+    bench.accept(bench.join("a"))
+    before = bench.leases()
+    bench.now = 0.5
+    bench.feed(m.InstanceJoined, "b", "1", 1, BATCH, draining=False)
+    bench.measure("a", "t0", before["t0"][1], 4)  # a is heard from for the last time
+    out = bench.accept(bench.pass_time(1.75, "b"))
+    assert any(isinstance(one, m.Say) and "silent" in one.text for one in out)
+    after = bench.leases()
+    assert set(after) == set(before)
+    for task, (instance, token) in after.items():
+        assert instance == "b"
+        assert token > before[task][1]
+
+
+def test_the_next_holder_gets_the_records_before_the_lease() -> None:
+    bench = Bench(tasks=1, trials=100)
+    bench.accept(bench.join("a"))
+    bench.measure("a", "t0", bench.leases()["t0"][1], 4)
+    bench.join("b")
+    out = bench.feed(m.InstanceGone, "a", "is gone")
+    (warm,) = (one for one in out if isinstance(one, m.Warm))
+    assert warm.instance == "b" and not grants(out)
+    (grant,) = grants(bench.feed(m.Warmed, "b", "t0", warm.token))
+    assert grant.token == warm.token
+
+
+def test_late_and_repeated_results_are_not_counted() -> None:
+    bench = Bench(tasks=1, trials=100)
+    bench.accept(bench.join("a"))
+    old = bench.leases()["t0"][1]
+    bench.feed(m.TrialFinished, "a", "t0", old, "first", 5.0)
+    bench.feed(m.TrialFinished, "a", "t0", old, "first", 5.0)
+    bench.accept(bench.join("b"))
+    bench.accept(bench.feed(m.InstanceGone, "a", "is gone"))
+    bench.join("a")
+    bench.feed(m.TrialFinished, "a", "t0", old, "late", 4.0)
+    task = bench.machine.board.tasks["t0"]
+    assert list(task.counted) == ["first"]
+    assert task.late == {"late"}
+    assert bench.machine.board.instances["a"].late == 1
+
+
+def test_an_instance_that_comes_back_is_told_to_drop_what_it_lost() -> None:
+    bench = Bench(tasks=1, trials=100)
+    bench.accept(bench.join("a"))
+    token = bench.leases()["t0"][1]
+    bench.accept(bench.join("b"))
+    bench.accept(bench.feed(m.InstanceGone, "a", "cannot be reached"))
+    assert m.Revoke("a", "t0", token) in bench.join("a")
+
+
+def test_what_a_lost_lease_had_left_goes_back_into_the_budget() -> None:
+    bench = Bench(tasks=1, trials=16)
+    bench.accept(bench.join("a"))
+    bench.measure("a", "t0", bench.leases()["t0"][1], 5)
+    bench.feed(m.InstanceGone, "a", "is gone")
+    assert bench.machine.board.unassigned == 11
+
+
+def test_tokens_of_a_later_epoch_are_greater_than_all_earlier_ones() -> None:
+    first, later = Bench(epoch=1), Bench(epoch=2)
+    first.accept(first.join("a"))
+    later.accept(later.join("a"))
+    assert min(token for _, token in later.leases().values()) > (1 << EPOCH_BITS) + 10**6
+    assert max(token for _, token in first.leases().values()) < 2 << EPOCH_BITS
+
+
+def test_baselines_of_operators_that_are_not_tuned_are_spread_too() -> None:
+    bench = Bench(tasks=0, trials=1, untunable=6)
+    bench.accept(bench.join("a"))
+    bench.accept(bench.join("b"))
+    assert {instance for instance, _ in bench.leases().values()} == {"a", "b"}
+    assert all(lease.lease and lease.lease.trials == 0 for lease in bench.machine.board.tasks.values())
+
+
+def test_a_drained_instance_gives_its_leases_back_and_gets_none() -> None:
+    bench = Bench(tasks=1, trials=100)
+    bench.accept(bench.join("a"))
+    token = bench.leases()["t0"][1]
+    bench.join("b")
+    out = bench.feed(m.Heard, "a", True)
+    assert m.Revoke("a", "t0", token) in out
+    out = bench.accept(bench.feed(m.LeaseEnded, "a", "t0", token, "revoked"))
+    assert {one.instance for one in grants(out)} == {"b"}
+
+
+def test_without_instances_a_job_waits_and_says_so_once() -> None:
+    bench = Bench()
+    bench.accept(bench.join("a"))
+    out = bench.feed(m.InstanceGone, "a", "is gone") + bench.pass_time(60)
+    assert sum(isinstance(one, m.Say) and "waiting" in one.text for one in out) == 1
+    assert bench.machine.finished is None
+    assert grants(bench.accept(bench.join("a", "2")))
+
+
+def test_a_job_that_shall_not_wait_ends_partly_done() -> None:
+    bench = Bench(wait_s=0.0)
+    bench.accept(bench.join("a"))
+    bench.feed(m.InstanceGone, "a", "is gone")
+    assert bench.machine.finished is not None
+    assert bench.machine.finished.state is JobState.PARTLY
+
+
+def test_a_stopping_job_gives_its_leases_back_and_grants_none() -> None:
+    bench = Bench()
+    bench.accept(bench.join("a"))
+    held = bench.leases()
+    out = bench.feed(m.StopRequested)
+    assert {one.task for one in out if isinstance(one, m.Revoke)} == set(held)
+    for task, (instance, token) in held.items():
+        assert not bench.feed(m.LeaseEnded, instance, task, token, "revoked")
+
+
+def test_a_job_that_goes_on_measures_only_what_is_missing() -> None:
+    known = {
+        "t0": TaskHistory(
+            trials={f"k{i}": 5.0 for i in range(32)},
+            best_us=5.0,
+            baseline_us=9.0,
+            published_us=4.0,
+            published_id="best",
+            concluded=True,
+        ),
+        "t1": TaskHistory(trials={f"l{i}": 5.0 for i in range(20)}, best_us=5.0, baseline_us=9.0),
+    }
+    bench = Bench(tasks=2, trials=64, known=known, epoch=2)
+    assert bench.machine.board.unassigned == 12
+    out = bench.accept(bench.join("a"))
+    assert {one.task for one in out if isinstance(one, m.Warm)} == {"t1"}
+    assert bench.machine.board.tasks["t0"].state is TaskState.TUNED
