@@ -27,7 +27,7 @@ from tuner_core.proto.tuner.v1 import (
     tuning_pb2_grpc,
 )
 from tuner_core.store.interface import RecordStore
-from tuner_core.store.open import open_store
+from tuner_core.store.open import open_server_store
 from tuner_core.transport.options import SERVER_CHANNEL_OPTIONS
 from tuner_server.config import ServerConfig, TlsFiles
 from tuner_server.engine import Engine
@@ -90,7 +90,12 @@ class Server:
         tokens = read_tokens(config.token_file) if config.token_file else {}
         credentials = _read_tls(config.tls) if config.tls else None
         self._lock = DataDirLock(config.data_dir)
-        self._store = await asyncio.to_thread(open_store, config.store_url)
+        self._store = await asyncio.to_thread(
+            open_server_store,
+            config.store_url,
+            config.data_dir / "spool.sqlite",
+            allow_volatile=config.allow_volatile_store,
+        )
         self._journal = await asyncio.to_thread(JobJournal, config.data_dir / "jobs.sqlite")
         self._engine = Engine(config)
         self._jobs = JobSupervisor(
@@ -99,9 +104,7 @@ class Server:
         authenticator = Authenticator(tokens)
         self._grpc = grpc.aio.server(interceptors=[authenticator], options=SERVER_CHANNEL_OPTIONS)
         tuning_pb2_grpc.add_TuningServiceServicer_to_server(TuningServicer(self._jobs, authenticator), self._grpc)
-        records_pb2_grpc.add_RecordServiceServicer_to_server(
-            RecordServicer(self._store, authenticator), self._grpc
-        )
+        records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(self._store, authenticator), self._grpc)
         host_pb2_grpc.add_HostServiceServicer_to_server(
             HostServicer(self._engine, self._jobs, self.instance, config.store_url), self._grpc
         )

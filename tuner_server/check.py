@@ -91,7 +91,7 @@ async def _device(engine: Engine, device: SharedDevice) -> list[Finding]:
 async def _store(config: ServerConfig) -> Finding:
     try:
         config.data_dir.mkdir(parents=True, exist_ok=True)
-        store = await asyncio.to_thread(open_store, config.store_url)
+        store = await asyncio.to_thread(open_store, config.store_url, allow_volatile=config.allow_volatile_store)
         count = (await asyncio.to_thread(store.stats))["records"]
         await asyncio.to_thread(store.close)
     except TunerError as error:

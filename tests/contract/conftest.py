@@ -19,7 +19,7 @@ import pytest
 from tests.redis_server import DURABLE, RedisServer
 from tuner_core.proto.tuner.v1 import records_pb2_grpc
 from tuner_core.store.interface import RecordStore
-from tuner_core.store.open import open_store
+from tuner_core.store.open import open_server_store, open_store
 from tuner_core.store.remote import RemoteStore
 from tuner_server.services.auth import Authenticator
 from tuner_server.services.records import RecordServicer
@@ -98,7 +98,18 @@ def redis_backend(directory: Path) -> Iterator[RecordStore]:
         store.close()
 
 
-BACKENDS = {"sqlite": sqlite_backend, "redis": redis_backend}
+@contextlib.contextmanager
+def spooled_backend(directory: Path) -> Iterator[RecordStore]:
+    """The same behind a spool."""
+    url = f"{redis_server().url}?prefix={secrets.token_hex(8)}"
+    store = open_server_store(url, directory / "spool.sqlite")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+BACKENDS = {"sqlite": sqlite_backend, "redis": redis_backend, "spooled": spooled_backend}
 # where the claims tests find a store of each kind that several processes can open
 CLAIM_URLS: dict[str, Callable[[Path, pytest.FixtureRequest], str]] = {
     "sqlite": lambda directory, request: f"sqlite://{directory / 'records.db'}",

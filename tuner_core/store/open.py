@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tuner_core.errors import UsageError
@@ -38,3 +39,27 @@ def open_store(url: str, *, allow_volatile: bool = False) -> RecordStore:
 
         return RedisStore(parse_location(url), allow_volatile=allow_volatile)
     raise UsageError(f"store {url.partition('@')[2] or url!r}: use sqlite:///PATH or redis://HOST")
+
+
+def open_server_store(url: str, spool: Path, *, allow_volatile: bool = False) -> RecordStore:
+    """Open a server's store: with a spool in front of Redis; see :class:`SpooledStore`.
+
+    Args:
+        url: As for :func:`open_store`.
+        spool: File of the spool; what an earlier run has left there goes to the store.
+        allow_volatile: As for :func:`open_store`.
+
+    Raises:
+        UsageError, StoreError, UnavailableError: As :func:`open_store`.
+    """
+    from tuner_core.store.spooled import SpooledStore, replay_into
+
+    store = open_store(url, allow_volatile=allow_volatile)
+    try:
+        if urlsplit(url).scheme in REDIS_SCHEMES:
+            return SpooledStore(store, spool)
+        replay_into(store, spool)
+    except BaseException:
+        store.close()
+        raise
+    return store

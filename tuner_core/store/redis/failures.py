@@ -10,6 +10,15 @@ import redis
 
 from tuner_core.errors import StoreError, TunerError, UnavailableError
 
+# redis-py takes the first word off errors that it has a class for
+_CLASSES: dict[type[Exception], str] = {
+    redis.exceptions.OutOfMemoryError: "OOM",
+    redis.exceptions.BusyLoadingError: "LOADING",
+    redis.exceptions.ReadOnlyError: "READONLY",
+    redis.exceptions.MasterDownError: "MASTERDOWN",
+    redis.exceptions.ClusterDownError: "CLUSTERDOWN",
+    redis.exceptions.TryAgainError: "TRYAGAIN",
+}
 # what a server says that cannot take a write at the moment but will again
 _PASSING = {
     "OOM": "is full (maxmemory): raise maxmemory or prune records",
@@ -32,8 +41,9 @@ def explain(error: Exception, name: str) -> TunerError:
         name: The store, without secrets.
     """
     text = " ".join(str(error).split())
+    text = text.partition(" of pipeline caused error: ")[2] or text
     lower = text.lower()
-    word = text.partition(" ")[0]
+    word = _CLASSES.get(type(error), text.partition(" ")[0])
     if isinstance(error, redis.AuthenticationError) or word in ("NOAUTH", "WRONGPASS"):
         if "required" in lower or word == "NOAUTH" or "without any password" in lower:
             if "without any password" in lower:
@@ -44,7 +54,7 @@ def explain(error: Exception, name: str) -> TunerError:
         return StoreError(f"Redis {name}: the user may not do what the store needs ({text}): extend its ACL")
     if "cluster support disabled" in lower or "cluster mode is not enabled" in lower:
         return StoreError(f"Redis {name} is no cluster: use redis:// instead of redis+cluster://")
-    if word == "MOVED" or "MOVED" in text.split()[:1] or isinstance(error, redis.exceptions.MovedError):
+    if word == "MOVED" or isinstance(error, redis.exceptions.MovedError):
         return StoreError(f"Redis {name} is part of a cluster: use redis+cluster:// instead of redis://")
     cause: BaseException | None = error
     while cause is not None:
