@@ -44,6 +44,14 @@ def test_threads_of_a_block_are_the_product_of_what_is_bound_to_them() -> None:
     assert not limits.allow(point(32, 16))  # 512, more than the annotation allows
 
 
+def test_what_tensor_cores_bind_are_warps() -> None:
+    trace = [[*GPU_TRACE[0], ["Annotate", ["b0", 1], ["warp_execution"], []]], GPU_TRACE[1]]
+    limits = ThreadLimits(DesignSpace(0, trace), trace[0], max_threads=1024, warp_size=32)
+    assert limits.allow(point(1, 1))  # one warp
+    assert limits.allow(point(4, 2))  # 256 threads
+    assert not limits.allow(point(4, 4))  # 512, more than the annotation allows
+
+
 def test_the_target_limits_threads_too_and_a_cpu_does_not() -> None:
     space = DesignSpace(0, GPU_TRACE)
     assert not ThreadLimits(space, GPU_TRACE[0], max_threads=64).allow(point(16, 8))

@@ -10,7 +10,7 @@ from typing import Any
 import tvm_ffi
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
-from tvm.s_tir.schedule import Instruction, Trace
+from tvm.s_tir.schedule import Instruction, ScheduleError, Trace
 from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 from tvm.target import Target
 
@@ -20,6 +20,8 @@ from tuner_server.build.lowering import lower
 from tuner_server.search.registers import RegisterLimits
 from tuner_server.search.space import DesignSpace, Point, Value
 from tuner_server.search.threads import ThreadLimits
+
+_GENERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,7 @@ class Sketches:
     def __init__(self, body: str, target_json: str, seed: int) -> None:
         self._mod = load_workload(body)
         self._target = Target(json.loads(target_json))
-        with self._target:
-            context = ms.TuneContext(
-                self._mod,
-                target=self._target,
-                space_generator="post-order-apply",
-                search_strategy="replay-trace",
-                rand_state=seed,
-                num_threads=1,
-            )
-            sketches = context.generate_design_space()
+        context, sketches = self._generate(seed)
         self._context = context  # the post-processors belong to it
         self._postprocs = list(context.space_generator.postprocs or ())
         self._instructions = [list(sketch.trace.insts) for sketch in sketches]
@@ -84,14 +77,36 @@ class Sketches:
         self.spaces = [DesignSpace(index, trace) for index, trace in enumerate(traces)]
         is_gpu = "gpu" in self._target.keys
         max_threads = int(self._target.attrs.get("max_threads_per_block", 1024)) if is_gpu else 0
+        warp_size = int(self._target.attrs.get("thread_warp_size", 32))
         self._limits = [
-            ThreadLimits(space, trace[0], max_threads) for space, trace in zip(self.spaces, traces, strict=True)
+            ThreadLimits(space, trace[0], max_threads, warp_size)
+            for space, trace in zip(self.spaces, traces, strict=True)
         ]
         value_bytes, per_block = _value_bytes(self._mod), int(self._target.attrs.get("registers_per_block", 65536))
         self._registers = [
             RegisterLimits(space, trace[0], value_bytes, per_block) if is_gpu else None
             for space, trace in zip(self.spaces, traces, strict=True)
         ]
+
+    def _generate(self, seed: int) -> tuple[ms.TuneContext, Sequence[Schedule]]:
+        """The spaces of the first seed that gives any: those of padded products meet illegal loops now and then."""
+        problem: ScheduleError | None = None
+        for attempt in range(_GENERATIONS):
+            with self._target:
+                context = ms.TuneContext(
+                    self._mod,
+                    target=self._target,
+                    space_generator="post-order-apply",
+                    search_strategy="replay-trace",
+                    rand_state=seed + attempt,
+                    num_threads=1,
+                )
+                try:
+                    return context, context.generate_design_space()
+                except ScheduleError as error:
+                    problem = error
+        assert problem is not None
+        raise problem
 
     def allows(self, space: DesignSpace, point: Point) -> bool:
         """Whether a point is not surely invalid or hopeless, by arithmetic."""

@@ -15,6 +15,7 @@ from tuner_server.search.space import DesignSpace, Point
 
 _LOW = "meta_schedule.thread_extent_low_inclusive"
 _HIGH = "meta_schedule.thread_extent_high_inclusive"
+_WARPS = "warp_execution"  # tensor cores: what is bound are warps; their lanes become a dimension of their own later
 
 
 class ThreadLimits:
@@ -24,12 +25,16 @@ class ThreadLimits:
         space: The space.
         instructions: Its trace's instructions as parsed JSON.
         max_threads: Largest number of threads of a block; 0: not a GPU, every point passes.
+        warp_size: Threads of a warp.
     """
 
-    def __init__(self, space: DesignSpace, instructions: Sequence[Sequence[Any]], max_threads: int) -> None:
+    def __init__(
+        self, space: DesignSpace, instructions: Sequence[Sequence[Any]], max_threads: int, warp_size: int = 32
+    ) -> None:
         self._knob_index = {knob.position: index for index, knob in enumerate(space.knobs)}
         self._max_threads = max_threads
         self._low = self._high = 0
+        self._lanes = 1
         self._steps: list[tuple[int, Sequence[Any]]] = []
         for position, instruction in enumerate(instructions):
             kind, inputs, attrs, _outputs = instruction
@@ -39,6 +44,8 @@ class ThreadLimits:
                 self._low = int(inputs[1])
             elif kind == "Annotate" and attrs == [_HIGH]:
                 self._high = int(inputs[1])
+            elif kind == "Annotate" and attrs == [_WARPS]:
+                self._lanes = warp_size
         self._binds = any(step[0] == "Bind" for _, step in self._steps)
 
     def allow(self, point: Point) -> bool:
@@ -65,7 +72,8 @@ class ThreadLimits:
                 block[attrs[0]] = max(extent, block.get(attrs[0], 1))
         if not block:
             return True
-        return max(1, self._low) <= math.prod(block.values()) <= min(self._max_threads, self._high or self._max_threads)
+        threads = math.prod(block.values()) * self._lanes
+        return max(1, self._low) <= threads <= min(self._max_threads, self._high or self._max_threads)
 
 
 def _extent(value: Any, extents: Mapping[str, int]) -> int | None:
