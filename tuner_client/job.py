@@ -141,6 +141,7 @@ class JobReport:
         elapsed_s: Time spent on the job by the server.
         phase: What it does now, for people.
         created_at: Seconds since the epoch.
+        devices: UUIDs of the devices that it runs on, all of ``device_model``.
         output: File that was built, if one was.
         coverage: Of the built file: how many operators run a tuned schedule.
         instances: Of a job that is sharded over several servers: who they are and what they did.
@@ -168,6 +169,7 @@ class JobReport:
     team: str = ""
     phase: str = ""
     device_model: str = ""
+    devices: tuple[str, ...] = ()
     tvm_version: str = ""
     instance: str = ""
     output: str = ""
@@ -205,6 +207,7 @@ class JobReport:
             "error": self.error or None,
             "target": dict(self.target),
             "device": self.device_model,
+            "devices": list(self.devices),
             "sm_percent": self.sm_percent,
             "sm_count": self.sm_count,
             "tasks": [task.document() for task in self.tasks],
@@ -292,6 +295,7 @@ def job_report(status: tuning_pb2.JobStatus) -> JobReport:
         team=status.team,
         phase=status.phase,
         device_model=status.device_model,
+        devices=tuple(status.device_uuids),
         tvm_version=status.tvm_version,
         instance=status.instance,
     )

@@ -70,6 +70,8 @@ def test_a_50_percent_job_and_a_25_percent_job_run_side_by_side_while_one_for_10
                 time.sleep(0.2)
             assert (status.status, status.sm_percent, status.sm_count) == ("done", share, 1), status
             assert list(status.device_uuids) == [f"cpu:{cores}"]
+        watched = client("watch", half, "--server", running.address, "--json", data_dir=tmp_path)
+        assert json.loads(watched.stdout)["devices"] == [f"cpu:{cores}"]
 
     store = open_store(f"sqlite:///{data_dir / 'records.sqlite'}")
     for job, share in ((half, 50), (quarter, 25)):

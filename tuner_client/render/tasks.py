@@ -175,4 +175,5 @@ def where(report: JobReport) -> str:
     share = f"{report.sm_percent} %" if report.sm_percent else ""
     if share and report.sm_count:
         share += f" ({report.sm_count} {cores[:-1] if report.sm_count == 1 else cores})"
-    return " · ".join(part for part in (report.job, report.device_model, share) if part)
+    device = report.device_model + (f" x {len(report.devices)}" if len(report.devices) > 1 else "")
+    return " · ".join(part for part in (report.job, device, share) if part)
