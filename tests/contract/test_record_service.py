@@ -118,6 +118,24 @@ class TestStreams:
         assert ids[-1] == failed.trial_id
         assert seen[-1].trace == ""
 
+    def test_many_idle_followers_leave_other_calls_alone(self, backend: RecordStore, open_server: Connect) -> None:
+        backend.commit([make_record(MATMUL, 1)], [MATMUL])
+        followers = [open_server("").following(RecordFilter()) for _ in range(40)]
+        for follower in followers:
+            next(follower)
+        done: list[int] = []
+        client = open_server("")
+        calling = threading.Thread(
+            target=lambda: done.extend(len(client.query(RecordFilter()).records) for _ in range(40)), daemon=True
+        )
+        calling.start()
+        calling.join(20)  # it takes half a second; behind followers that hold a thread each, minutes
+        assert done == [1] * 40
+        backend.commit([make_record(MATMUL, 2)])
+        assert [len(next(follower).records) for follower in followers] == [1] * 40
+        for follower in followers:
+            follower.close()
+
 
 class TestTeams:
     def test_what_a_client_commits_belongs_to_its_tokens_team_and_keeps_its_instance(self, teams: Connect) -> None:

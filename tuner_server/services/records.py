@@ -18,7 +18,7 @@ from tuner_server.services.status import mapped
 
 _PAGE_RECORDS = 1_000
 _STREAM_RECORDS = 500
-_FOLLOW_WAIT_S = 1.0
+_FOLLOW_POLL_S = 0.2
 _PAGE_BYTES = 16 << 20
 
 
@@ -143,23 +143,21 @@ class RecordServicer(records_pb2_grpc.RecordServiceServicer):
             yield records_pb2.FollowRecordsResponse(cursor=after)
         deadline = time.monotonic() + max(0.0, request.wait_s)
         while True:
-            left_s = deadline - time.monotonic() if once else _FOLLOW_WAIT_S
-            # short waits, so that a thread is soon free after the client has gone
-            wait_s = min(max(0.0, left_s), _FOLLOW_WAIT_S)
-            response = await asyncio.to_thread(self._followed, request, after, wait_s)
+            response = await asyncio.to_thread(self._followed, request, after)
             after = response.cursor
-            if response.records or (once and left_s <= wait_s):
+            left_s = deadline - time.monotonic()
+            if response.records or (once and left_s <= 0):
                 yield response
                 if once:
                     return
+            else:  # asked again and again: a follower that waited in a thread would take it from other calls
+                await asyncio.sleep(min(_FOLLOW_POLL_S, left_s) if once else _FOLLOW_POLL_S)
 
-    def _followed(
-        self, request: records_pb2.FollowRecordsRequest, after: str, wait_s: float
-    ) -> records_pb2.FollowRecordsResponse:
+    def _followed(self, request: records_pb2.FollowRecordsRequest, after: str) -> records_pb2.FollowRecordsResponse:
         where = wire.filter_from_message(request.filter)
         limit = min(request.limit or _STREAM_RECORDS, _STREAM_RECORDS)
         while True:
-            found = self._store.follow(where, after, limit=limit, wait_s=wait_s)
+            found = self._store.follow(where, after, limit=limit)
             response = records_pb2.FollowRecordsResponse(
                 records=[wire.record_to_message(r, with_trace=not request.omit_traces) for r in found.records],
                 cursor=found.cursor,
