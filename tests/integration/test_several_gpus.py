@@ -107,9 +107,7 @@ def test_a_job_runs_on_every_gpu_with_its_share_and_target_and_each_measurement_
                 on_l4 = await small.fleet.measure(good)
                 assert on_l4.partition.device_uuid == l4.uuid
 
-            async with server.lane(
-                100
-            ) as whole:  # not on offer: the free GPUs are divided anew
+            async with server.lane(100) as whole:  # not on offer: the free GPUs are divided anew
                 assert whole.device_uuids == (h200.uuid, other.uuid)
                 assert [device.shares for device in server.devices] == [(100,), (25,), (100,)]
             async with server.lane(50):
