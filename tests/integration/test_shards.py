@@ -271,9 +271,8 @@ def test_other_teams_bad_requests_and_cancelled_jobs_are_refused(
             red.open(other)
         with refused(grpc.StatusCode.NOT_FOUND, "no task"):
             red.grant("another", 1, 4)
-        options = ("--server", running.address, "--token", TOKENS["red"])
         red.grant("mm", 1, 400)
-        run = client("cancel", "job-red", *options, data_dir=tmp_path)
+        run = client("cancel", "job-red", "--server", running.address, data_dir=tmp_path, TUNER_TOKEN=TOKENS["red"])
         assert run.returncode == 0, run.stderr
         red.wait(lambda: red.end is not None)
         assert red.end is grpc.StatusCode.FAILED_PRECONDITION
@@ -281,7 +280,10 @@ def test_other_teams_bad_requests_and_cancelled_jobs_are_refused(
         for call in (lambda: red.open(spec), lambda: red.grant("mm", 2, 4)):
             with refused(grpc.StatusCode.FAILED_PRECONDITION, "cancelled"):
                 call()
-        run = client("resume", "job-red", "--detach", *options, data_dir=tmp_path)
+        with grpc.insecure_channel(running.address) as channel:
+            jobs = tuning_pb2_grpc.TuningServiceStub(channel)
+            metadata = (("authorization", f"Bearer {TOKENS['red']}"),)
+            jobs.ResumeJob(tuning_pb2.ResumeJobRequest(job="job-red"), metadata=metadata, timeout=30)
         red.open(spec)
         red.close()
 
@@ -321,7 +323,7 @@ def test_records_and_tokens_survive_sigkill_and_sigterm_and_a_drained_server_tak
         one.open(spec)
         one.watch()
         one.grant("small", 4, 5000)
-        one.wait(lambda: len(one.trials("small", 4)) >= 5)
+        one.wait(lambda: len(one.trials("small", 4)) >= 2)
         first.stop(signal.SIGKILL)
         one.wait(lambda: one.end is not None)
         assert one.end is grpc.StatusCode.UNAVAILABLE
@@ -335,7 +337,7 @@ def test_records_and_tokens_survive_sigkill_and_sigterm_and_a_drained_server_tak
         with refused(grpc.StatusCode.FAILED_PRECONDITION):
             two.grant("small", 4, 5000)
         two.grant("small", 5, 5000)
-        two.wait(lambda: len(two.trials("small", 5)) >= 5)
+        two.wait(lambda: len(two.trials("small", 5)) >= 2)
         assert two.events[0].sequence == 1
         assert second.stop(signal.SIGTERM) == 0
         two.wait(lambda: two.end is not None)

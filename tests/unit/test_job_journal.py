@@ -40,3 +40,16 @@ def test_a_journal_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(StoreError, match="newer version"):
         JobJournal(path)
+
+
+def test_a_shard_is_read_back_with_the_newest_token_of_each_task(tmp_path: Path) -> None:
+    journal = JobJournal(tmp_path / "jobs.sqlite")
+    journal.mark_shard("job-1", 15.0)
+    for job in ("job-1", "job-2"):
+        journal.add(job, tuning_pb2.JobSpec(), tuning_pb2.JobStatus())
+    for task, token in (("a", 1 << 33), ("b", 2), ("a", 7)):
+        journal.note_token("job-1", task, token)
+    journal.close()
+    own, shard = JobJournal(tmp_path / "jobs.sqlite").entries()
+    assert (own.lease_s, own.tokens) == (None, {})
+    assert (shard.lease_s, shard.tokens) == (15.0, {"a": 1 << 33, "b": 2})
