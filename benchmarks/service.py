@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timeline
+
 from tuner_client import Client, RecordFilter
 from tuner_client.job import JobReport
 from tuner_client.model.prepare import ExtractedTask
@@ -91,6 +93,7 @@ class ServiceRun:
         tuning_from, tuning_to: When the job was submitted, and when it had ended.
         report: The job's own report.
         records: Everything that the store holds of the job, failed trials too.
+        timeline: Busy shares and processor time by stage, see ``timeline.py``.
     """
 
     started_at: float
@@ -98,6 +101,7 @@ class ServiceRun:
     tuning_to: float
     report: JobReport
     records: tuple[Record, ...] = field(repr=False)
+    timeline: dict[str, Any]
 
     @property
     def trials(self) -> list[Record]:
@@ -139,7 +143,12 @@ def tune_with_service(
         evaluator: Replaces the server's own evaluator settings.
         server_arguments: Nothing for the defaults.
     """
-    with running_server(server_arguments) as server, Client(server.address) as client:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        _traced(Path(temporary) / "trace.json") as (arguments, figures),
+        running_server([*server_arguments, *arguments]) as server,
+        Client(server.address) as client,
+    ):
         spec = tuning_pb2.JobSpec(
             model="benchmark",
             tasks=[
@@ -165,7 +174,18 @@ def tune_with_service(
         report = client.watch(submitted.job)
         tuning_to = time.time()
         records = tuple(client.query(RecordFilter(job=submitted.job, include_failed=True)))
-    return ServiceRun(server.launched_at, tuning_from, tuning_to, report, records)
+    return ServiceRun(server.launched_at, tuning_from, tuning_to, report, records, figures)
+
+
+@contextmanager
+def _traced(path: Path) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Arguments for a server that writes a trace, and what the trace says when the server has ended."""
+    figures: dict[str, Any] = {}
+    yield ["--trace", str(path)], figures
+    try:
+        figures.update(timeline.document(timeline.analyse(*timeline.read(path))))
+    except ValueError as error:
+        figures["error"] = str(error)
 
 
 def server_target(server_arguments: Sequence[str] = ()) -> tuple[str, host_pb2.Device]:

@@ -99,6 +99,7 @@ def service_row(run: ServiceRun, evaluator: str, names: Mapping[str, str]) -> tu
         "trials_per_s_with_start_up": len(trials) / (run.tuning_to - run.started_at),
         "trials_by_task": {name: trials.count(name) for name in names.values()},
         "job_status": run.report.status,
+        "timeline": run.timeline,
         "verified": {task.name: task.verified for task in run.report.tasks},
     }
     return row, known
@@ -123,6 +124,21 @@ def show(rows: Sequence[Mapping[str, Any]], tasks: Sequence[BenchTask]) -> None:
     print(
         f"{'seconds to the same weighted best':<48}" + "".join(f"{_seconds(row['s_to_same_best']):>18}" for row in rows)
     )
+
+
+def show_timeline(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print where the service's processor time went, and how busy the partitions and stages were."""
+    for row in rows:
+        figures = row.get("timeline", {})
+        if "cpu_s_per_trial" not in figures:
+            continue
+        each = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in figures["cpu_s_per_trial"].items())
+        together = sum(figures["cpu_s_per_trial"].values())
+        print(f"\n{row['side']}, {row['evaluator']} evaluator")
+        print(f"  CPU core-seconds per trial by stage: {each}; together {together:.3f}")
+        print(f"  partition busy share: {100 * figures['partitions_busy']:.1f} %")
+        busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in figures["busy"].items())
+        print(f"  busy share by stage: {busy}; bottleneck: {figures['bottleneck']}")
 
 
 def _seconds(value: float | None) -> str:
@@ -222,6 +238,7 @@ def compare(device_kind: str, server_arguments: Sequence[str] = ()) -> None:
         row["ratio_to_stock"] = row["trials_per_s"] / rows[0]["trials_per_s"]
 
     show(rows, tasks)
+    show_timeline(rows)
     path = results.write(
         arguments.name,
         rows,

@@ -134,6 +134,11 @@ class CubinCache:
 _cache = CubinCache()
 
 
+def nvrtc_options(arch: str) -> list[str]:
+    """What NVRTC is told for an architecture."""
+    return [f"--gpu-architecture={arch}", *_OPTIONS, *(f"-I{path}" for path in include_dirs())]
+
+
 def build_cubin(source: str, arch: str, cache: CubinCache | None = None) -> bytes:
     """Compile CUDA source to machine code.
 
@@ -154,7 +159,7 @@ def build_cubin(source: str, arch: str, cache: CubinCache | None = None) -> byte
     if capability is None or int(capability[1]) not in _supported_archs():
         archs = ", ".join(f"sm_{number}" for number in _supported_archs())
         raise TunerError(f"NVRTC {'.'.join(map(str, nvrtc.version()))} cannot build for {arch}; it can for {archs}")
-    options = [f"--gpu-architecture={arch}", *_OPTIONS, *(f"-I{path}" for path in include_dirs())]
+    options = nvrtc_options(arch)
     light = light_source(source)
     if light is not None:
         try:

@@ -66,6 +66,7 @@ class BuildPool:
         self._idle: list[Child] = []
         self._children: set[Child] = set()
         self._builds: dict[Child, int] = {}
+        self._starting: set[str] = set()  # names
         self._paused = False
         self._stopped = False
         scratch.mkdir(parents=True, exist_ok=True)
@@ -229,16 +230,21 @@ class BuildPool:
         return None
 
     async def _spawn(self) -> Child:
-        taken = {child.name for child in self._children}
-        child = await self._spawner.spawn(
-            "build",
-            {"cubin_cache": str(self._scratch / "cubins")},
-            name=next(name for index in itertools.count() if (name := f"build-{index}") not in taken),
-            env={"CUDA_VISIBLE_DEVICES": ""},  # a context made here by accident would disturb what is measured
-            affinity=self._affinity,
-            nice=self._nice,
-        )
-        self._children.add(child)
+        taken = {child.name for child in self._children} | self._starting
+        name = next(name for index in itertools.count() if (name := f"build-{index}") not in taken)
+        self._starting.add(name)
+        try:
+            child = await self._spawner.spawn(
+                "build",
+                {"cubin_cache": str(self._scratch / "cubins")},
+                name=name,
+                env={"CUDA_VISIBLE_DEVICES": ""},  # a context made here by accident would disturb what is measured
+                affinity=self._affinity,
+                nice=self._nice,
+            )
+            self._children.add(child)
+        finally:
+            self._starting.discard(name)
         if self._paused:
             child.pause()
         return child

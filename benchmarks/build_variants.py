@@ -1,0 +1,260 @@
+"""Would a cheaper way to compile CUDA candidates rank them the same? And are the ones that cost most ever the best?
+
+    python benchmarks/build_variants.py [--candidates 24] [--no-gpu] [--out DIR]
+
+The same candidates of a 3x3 and a 1x1 convolution and a matrix product are compiled in several ways and timed in turns
+on the GPU. For each way: core-seconds per candidate, the ratio of latencies to today's way, Kendall's tau with it, and
+the regret of picking by it. Then, for today's way: what it would cost in latency, and save in processor time, to refuse
+candidates with more statements than a limit. ``--no-gpu`` compiles only. About three minutes on a GPU with 16 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import results
+from gpu_partitions import figures, workloads
+
+ARCH = "sm_90"
+TARGET = {
+    "kind": "cuda",
+    "arch": ARCH,
+    "max_threads_per_block": 1024,
+    "max_shared_memory_per_block": 49152,
+    "registers_per_block": 65536,
+    "thread_warp_size": 32,
+}
+LIMITS = (250, 500, 1000, 1500, 2000, 3000, 4000)
+ROUNDS = 3
+
+
+def keep_loops(source: str) -> str:
+    """Loops that TVM did not unroll stay loops: NVRTC unrolls those with few iterations by itself."""
+    return re.sub(r"(?m)^(?<!unroll\n)(\s*)(for \()", r"\1#pragma unroll 1\n\1\2", source)
+
+
+VARIANTS: dict[str, tuple[Callable[[str], str], list[str]]] = {
+    "today": (str, []),
+    "today, again": (str, []),
+    "loops stay loops": (keep_loops, []),
+    "fast-compile mid": (str, ["-Ofc=mid"]),
+    "ptxas -O1": (str, ["--ptxas-options=-O1"]),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """One candidate compiled in one way."""
+
+    task: str
+    candidate: int
+    variant: str
+    path: str
+    cpu_s: float
+    nvrtc_cpu_s: float
+    statements: int
+
+
+def compile_candidate(job: tuple[str, str, int, str, str]) -> list[Built]:
+    """Compile one candidate in all ways; runs in a process of its own.
+
+    Args:
+        job: Task, its body, number and trace of the candidate, folder for libraries.
+    """
+    task, body, number, trace, folder = job
+    import tvm_ffi
+    from tvm.target import Target
+
+    from tuner_core.compiler import cuda_build, nvrtc
+    from tuner_core.compiler.guard import load_workload
+    from tuner_core.compiler.trace import apply_trace
+    from tuner_server.build.compile import compile_module
+
+    cuda_build.enable_cuda_builds()
+    nvrtc.compile_cubin("__global__ void warm() {}", cuda_build.nvrtc_options(ARCH))  # loading it is not counted
+    built = []
+    for name, (change, options) in VARIANTS.items():
+        said: dict[str, Any] = {}
+
+        def callback(
+            source: str,
+            change: Callable[[str], str] = change,
+            options: list[str] = options,
+            said: dict[str, Any] = said,
+        ) -> bytes:
+            start = time.process_time()
+            light = cuda_build.light_source(source) or source
+            cubin = nvrtc.compile_cubin(change(light), [*cuda_build.nvrtc_options(ARCH), *options])
+            said.update(nvrtc=time.process_time() - start, statements=source.count(";"))
+            return cubin
+
+        tvm_ffi.register_global_func("tvm_callback_cuda_compile", callback, override=True)
+        path = Path(folder) / f"{task}-{number}-{len(built)}.so"
+        start = time.process_time()
+        try:
+            compile_module(apply_trace(load_workload(body), trace).mod, Target(TARGET), path)
+        except Exception as error:
+            print(f"{task} {number} {name}: {str(error).strip().splitlines()[-1][:100]}", flush=True)
+            return []
+        cpu_s = time.process_time() - start
+        built.append(Built(task, number, name, str(path), cpu_s, said["nvrtc"], said["statements"]))
+    return built
+
+
+def latencies(built: list[Built], args_info: dict[str, Any]) -> dict[tuple[str, int, str], float]:
+    """Best of some rounds in which all ways of a candidate take turns, in microseconds; failed candidates are left out.
+
+    Args:
+        built: Libraries.
+        args_info: Arguments by task.
+    """
+    import numpy as np
+    import tvm
+
+    from tuner_core.compiler.cuda_libraries import load_tvm_cuda_runtime
+
+    load_tvm_cuda_runtime(allow_stub=False)
+    device = tvm.cuda(0)
+    arguments = {
+        task: [tvm.runtime.tensor(np.random.rand(*shape).astype(dtype), device) for _, dtype, shape in info]
+        for task, info in args_info.items()
+    }
+    groups: dict[tuple[str, int], list[Built]] = {}
+    for one in built:
+        groups.setdefault((one.task, one.candidate), []).append(one)
+    measured = {}
+    for (task, number), ways in groups.items():
+        try:
+            timers = [
+                tvm.runtime.load_module(way.path).time_evaluator("main", device, number=1, repeat=1, min_repeat_ms=5)
+                for way in ways
+            ]
+            samples: list[list[float]] = [[] for _ in ways]
+            for _ in range(ROUNDS):
+                for timer, into in zip(timers, samples, strict=True):
+                    into.append(timer(*arguments[task]).mean * 1e6)
+        except Exception as error:
+            print(f"{task} {number}: {str(error).strip().splitlines()[-1][:100]}", flush=True)
+            continue
+        for way, times in zip(ways, samples, strict=True):
+            measured[task, number, way.variant] = min(times)
+    return measured
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Mean, median, 90th percentile, largest."""
+    ordered = sorted(values)
+    return {
+        "mean": statistics.mean(ordered),
+        "p50": ordered[len(ordered) // 2],
+        "p90": ordered[int(len(ordered) * 0.9)],
+        "max": ordered[-1],
+    }
+
+
+def report(built: list[Built], measured: dict[tuple[str, int, str], float]) -> list[dict[str, Any]]:
+    """Print the comparison, return its rows."""
+    rows = []
+    tasks = list(dict.fromkeys(one.task for one in built))
+    for variant in VARIANTS:
+        of_variant = [one for one in built if one.variant == variant]
+        row: dict[str, Any] = {
+            "variant": variant,
+            "core_s": quantiles([one.cpu_s for one in of_variant]),
+            "nvrtc_core_s": quantiles([one.nvrtc_cpu_s for one in of_variant]),
+        }
+        line = f"{variant:<18} core-s " + " ".join(f"{key} {value:6.3f}" for key, value in row["core_s"].items())
+        for task in tasks if measured else ():
+            numbers = [number for name, number, way in measured if name == task and way == variant]
+            before = [measured[task, number, "today"] for number in numbers]
+            after = [measured[task, number, variant] for number in numbers]
+            if len(numbers) < 2:
+                continue
+            ratios = sorted(b / a for a, b in zip(before, after, strict=True))
+            row[task] = {**figures(before, after), "ratio_p10": ratios[len(ratios) // 10],
+                         "ratio_p50": ratios[len(ratios) // 2], "ratio_p90": ratios[len(ratios) * 9 // 10],
+                         "best_ratio": min(after) / min(before)}  # fmt: skip
+            line += (
+                f"\n    {task:<44} latency p10 {row[task]['ratio_p10']:.3f} p50 {row[task]['ratio_p50']:.3f} "
+                f"p90 {row[task]['ratio_p90']:.3f}, of the best {row[task]['best_ratio']:.3f}; tau "
+                f"{row[task]['tau']:.3f}; regret {100 * row[task]['regret']:.1f} %, at 8 "
+                f"{100 * row[task]['regret_at_8']:.1f} %"
+            )
+        print(line)
+        rows.append(row)
+    today = [one for one in built if one.variant == "today"]
+    spent = sum(one.cpu_s for one in today)
+    for limit in LIMITS:
+        kept = [one for one in today if one.statements <= limit]
+        row = {"statement_limit": limit, "kept": len(kept), "of": len(today),
+               "core_s_saved": 1 - sum(one.cpu_s for one in kept) / spent}  # fmt: skip
+        for task in tasks if measured else ():
+            everyone = {
+                one.candidate: measured.get((task, one.candidate, "today")) for one in today if one.task == task
+            }
+            times = [value for value in everyone.values() if value]
+            left = [everyone[one.candidate] or float("inf") for one in kept if one.task == task]
+            if times and left:
+                row[f"regret {task}"] = min(left) / min(times) - 1
+        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in row.items()))  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Compile, time, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, default=24, help="of each operator (default: 24)")
+    parser.add_argument("--no-gpu", action="store_true")
+    parser.add_argument("--out", type=Path, default=results.DIRECTORY)
+    arguments = parser.parse_args()
+    machine = results.machine()
+
+    from tuner_core.compiler.tvm_setup import leave_torch_out
+
+    leave_torch_out()
+    tasks = workloads(False)
+    from tuner_server.search.messages import SearchSettings
+    from tuner_server.search.session import SearchSession
+
+    jobs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for task in tasks:
+            session = SearchSession(task.body, json.dumps(TARGET), SearchSettings(), 0)
+            traces = session.generate(arguments.candidates)
+            name = task.description.replace("/", "-")
+            jobs += [(name, task.body, number, trace, folder) for number, trace in enumerate(traces)]
+        print(f"{len(jobs)} candidates drawn", flush=True)
+        processes = max(1, len(os.sched_getaffinity(0)) - 1)
+        # forked before this process touches the device, with TVM imported
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+            built = [one for ways in pool.map(compile_candidate, jobs) for one in ways]
+        measured: dict[tuple[str, int, str], float] = {}
+        if not arguments.no_gpu:
+            info = {task.description.replace("/", "-"): task.args_info for task in tasks}
+            measured = latencies(built, info)
+    rows = report(built, measured)
+    candidates = [
+        {**{key: value for key, value in asdict(one).items() if key != "path"},
+         "latency_us": measured.get((one.task, one.candidate, one.variant))}
+        for one in built
+    ]  # fmt: skip
+    print(results.write("build-variants", rows, device=ARCH, driver=None, machine_before=machine,
+                        directory=arguments.out, target=TARGET, candidates=candidates))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
