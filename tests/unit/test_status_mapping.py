@@ -28,7 +28,7 @@ class FailingStore(RecordStore):
     def _fail(self, *_: Any, **__: Any) -> Any:
         raise self._error
 
-    commit = get = get_workload = top = query = stats = prune = _fail
+    commit = get = get_workload = top = query = follow = tag = stats = prune = _fail
 
     def close(self) -> None:
         pass
@@ -45,6 +45,15 @@ def test_each_error_arrives_as_itself_in_one_line(cls: type[TunerError]) -> None
         assert type(raised.value) is cls
         assert "\n" not in str(raised.value)
         assert str(raised.value) == "no more space, ünfortunately"
+
+
+def test_an_error_in_a_stream_arrives_as_itself_too() -> None:
+    error = UnavailableError("the store went away")
+    with serving(FailingStore(error)) as address, grpc.insecure_channel(address) as channel:
+        store = RemoteStore(channel, address=address)
+        for stream in (store.stream(RecordFilter()), store.following(RecordFilter())):
+            with pytest.raises(UnavailableError, match="the store went away"):
+                next(stream)
 
 
 def test_a_bug_is_logged_and_does_not_show_its_inside(caplog: pytest.LogCaptureFixture) -> None:
