@@ -40,7 +40,7 @@ def servers_command(session: Session) -> None:
 @click.command("drain", epilog="Example: tuner-client drain --server gpu1:50061")
 @session_options
 def drain_command(session: Session) -> None:
-    """Let a server finish what it holds and take no more jobs."""
+    """Let a server finish what it holds and take no more jobs and leases, until it is restarted."""
     if not session.servers:
         raise UsageError("drain needs to know which server: give --server HOST:PORT (or set TUNER_SERVER)")
     held: dict[str, list[str]] = {}
@@ -52,4 +52,4 @@ def drain_command(session: Session) -> None:
         return
     for named, jobs in held.items():
         what = f"finishes {', '.join(jobs)} first" if jobs else "holds no job"
-        session.show(f"{named} takes no more jobs; it {what}")
+        session.show(f"{named} takes no more jobs until it is restarted; it {what}")
