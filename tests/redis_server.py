@@ -123,8 +123,11 @@ def running_cluster(directory: Path) -> Iterator[list[RedisServer]]:
             timeout=60,
         )
         for server in servers:
-            while b"cluster_state:ok" not in server.client().execute_command("CLUSTER INFO", NEVER_DECODE=True):
-                time.sleep(0.02)
+            command = ["redis-cli", "-p", str(server.port), "cluster", "info"]
+            deadline = time.monotonic() + 30
+            while b"cluster_state:ok" not in subprocess.run(command, capture_output=True, check=True).stdout:
+                assert time.monotonic() < deadline, "the cluster does not come up"
+                time.sleep(0.05)
         yield servers
     finally:
         for server in servers:

@@ -71,7 +71,8 @@ def explain(error: Exception, name: str) -> TunerError:
     if word in _PASSING:
         return UnavailableError(f"Redis {name} {_PASSING[word]}")
     if isinstance(error, redis.TimeoutError):
-        return UnavailableError(f"Redis {name} does not answer in time: is it overloaded or stopped?")
+        other = ", does it speak TLS on this port" if name.startswith("rediss") else ""
+        return UnavailableError(f"Redis {name} does not answer in time: is it overloaded or stopped{other}?")
     if isinstance(error, redis.exceptions.RedisClusterException):
         return UnavailableError(f"no node of the Redis cluster {name} can be reached ({text[:200]})")
     if isinstance(error, redis.ConnectionError | OSError):
