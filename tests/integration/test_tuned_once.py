@@ -1,4 +1,4 @@
-"""Two teams ask for the same model at once, on servers of their own that share a Redis: every operator is tuned once."""
+"""Two teams ask for one model at once, on servers of their own that share a Redis: every operator is tuned once."""
 
 from __future__ import annotations
 
