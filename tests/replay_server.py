@@ -116,10 +116,11 @@ class Shard:
                 self.events += [self.message(said) for said in fresh]
                 async with self.changed:
                     self.changed.notify_all()
-            self.wake.clear()
+            await asyncio.sleep(0.03)  # what happens meanwhile is stored together
             left_s = max(0.001, min(1.0, self.instance.next_due_s() - time.monotonic()))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), left_s)
+            self.wake.clear()
 
     def key(self, task: str) -> RecordKey:
         return RecordKey(self.digests[task], target_digest(TARGET), DEVICE, CORES)

@@ -310,7 +310,17 @@ class ShardDriver:
             except TunerError as error:
                 link.trouble = str(error)
                 if isinstance(command, m.Grant):
-                    self._feed(m.LeaseRefused(self._now(), link.address, command.task, command.token, str(error)))
+                    unanswered = isinstance(error, DeadlineError | UnavailableError)
+                    self._feed(
+                        m.LeaseRefused(
+                            self._now(),
+                            link.address,
+                            command.task,
+                            command.token,
+                            str(error),
+                            unanswered=unanswered,
+                        )
+                    )
 
     async def _call(self, link: InstanceLink, method: Any, request: Any) -> Any:
         return await link.connection.call(method, request, self._settings.heartbeat_s)
@@ -415,6 +425,10 @@ class ShardDriver:
         return any(one.alive and one.leases for one in self._machine.board.instances.values())
 
     async def _close_shards(self) -> None:
+        for watch in self._watches.values():  # or they would open the job again
+            watch.cancel()
+        await asyncio.gather(*self._watches.values(), return_exceptions=True)
+
         async def close(link: InstanceLink) -> None:
             with contextlib.suppress(TunerError):
                 await link.connection.call(link.leases.CloseShard, pb.CloseShardRequest(job=self._job.job), 2.0)

@@ -85,6 +85,7 @@ def job_report(
         phase=_PHASES.get(machine.phase, machine.phase) if machine.waiting_since_s is None else "no instance is left",
         device_model=job.facts.device_model,
         tvm_version=TVM_VERSION,
+        layout=job.spec.layout,
         instance=machine.model_instance,
         instances=tuple(_instance(link, machine) for link in links),
     )

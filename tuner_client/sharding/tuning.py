@@ -100,7 +100,7 @@ class ShardedTuner:
         with self._progress.step(f"asking {len(self._options.servers)} servers for their devices"):
             admission = asyncio.run(self._admission(request))
         request = dataclasses.replace(request, sm_percent=admission.job.sm_percent)
-        prepared = prepare_model(imported, admission.job.target_json, self._progress, self._quiet)
+        prepared = prepare_model(imported, admission.job.target_json, self._progress, self._quiet, request.layout)
         spec = job_spec(request, prepared, digest=imported.digest, target_json=admission.job.target_json)
         report = self.drive(
             spec, admission.job, left_out=admission.left_out, target_given=request.target_json is not None
@@ -177,7 +177,7 @@ class ShardedTuner:
                     report = self._drive(journal, spec, store, {})
                 if imported is None:
                     return report
-                prepared = prepare_model(imported, spec.target_json, self._progress, self._quiet)
+                prepared = prepare_model(imported, spec.target_json, self._progress, self._quiet, spec.layout or "auto")
                 return self._build(report, prepared, store, output)
         finally:
             journal.close()

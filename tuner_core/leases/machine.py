@@ -273,7 +273,10 @@ class LeaseMachine:
         if one is None or lease is None:
             return
         if lease.phase is Phase.LIVE:  # an extension: the lease itself goes on, or its end is on the way
-            lease.closed = True
+            if event.unanswered:
+                lease.repeat = True  # the same again does no harm
+            else:
+                lease.closed = True
         else:
             one.refusals += 1
             one.backoff_until_s = self.board.now_s + self.board.settings.heartbeat_s * min(4.0, 0.1 * 2**one.refusals)
@@ -428,6 +431,10 @@ class LeaseMachine:
             self._renewed_s = board.now_s
             for one in board.instances.values():
                 held = [lease for lease in one.leases.values() if lease.phase in (Phase.LIVE, Phase.REVOKING)]
+                for lease in held:
+                    if lease.repeat and lease.extensible:
+                        lease.repeat = False
+                        out.append(m.Grant(one.name, lease.task, lease.token, lease.trials))
                 if one.alive and held:
                     out.append(m.Renew(one.name, tuple((lease.task, lease.token) for lease in held)))
         return True

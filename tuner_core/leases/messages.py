@@ -70,7 +70,11 @@ class LeaseAccepted:
 
 @dataclass(frozen=True)
 class LeaseRefused:
-    """The instance did not take the lease or its extension, its records could not be brought, or nobody knows."""
+    """The instance did not take the lease or its extension, or its records could not be brought.
+
+    Attributes:
+        unanswered: Nobody knows: the instance may have taken it.
+    """
 
     now_s: float
     instance: str
@@ -78,6 +82,7 @@ class LeaseRefused:
     token: int
     reason: str
     draining: bool = False
+    unanswered: bool = False
 
 
 @dataclass(frozen=True)

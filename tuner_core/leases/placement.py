@@ -105,6 +105,8 @@ def _trials_for(
 ) -> Step | None:
     """The best task for an instance with room: its own, one without a home, else another's that it has no time for."""
     batch = instance.batch
+    usable = board.usable()
+    full = {one.name for one in usable if board.ahead(one, usable) - one.outstanding < one.batch // 2}
     mine: list[TaskLedger] = []
     others: list[TaskLedger] = []
     for task in tasks:
@@ -117,7 +119,7 @@ def _trials_for(
                 mine.append(task)
         elif task.home == instance.name or not _is_home(board, task):
             mine.append(task)
-        elif board.now_s - task.moved_s > SETTLED_HEARTBEATS * board.settings.heartbeat_s:
+        elif task.home in full and board.now_s - task.moved_s > SETTLED_HEARTBEATS * board.settings.heartbeat_s:
             others.append(task)
     top = max((gain for gain in gains.values() if gain != math.inf), default=0.0)
     best = max(mine, key=lambda task: (gains[task.index], *_expected(task)), default=None)

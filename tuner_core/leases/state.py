@@ -108,6 +108,7 @@ class Lease:
     phase: Phase = Phase.WARMING
     counted: int = 0
     closed: bool = False
+    repeat: bool = False
 
     @property
     def outstanding(self) -> int:
