@@ -149,7 +149,8 @@ class World:
                 self.feed(event)
 
         def refuse(reason: str, draining: bool = False) -> None:
-            reply(m.LeaseRefused(self.now_s, name, task, token, reason, draining))
+            unanswered = reason == "no answer"
+            reply(m.LeaseRefused(self.now_s, name, task, token, reason, draining, unanswered))
 
         def arrive() -> None:
             if link.cut or not link.up:
