@@ -258,7 +258,7 @@ class ShardMachine:
         returned = searching.session_lost(task, event, out)
         if lease is not None:
             lease.asked -= returned
-        if task.exhausted:  # another instance may do better
+        if task.session_losses >= searching.MAX_SESSION_LOSSES:  # another instance may do better
             task.exhausted, task.session_losses = False, 0
             if shard.lease is not None:
                 shard.lease.error = task.error
