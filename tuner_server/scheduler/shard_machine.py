@@ -16,9 +16,9 @@ from dataclasses import replace
 from tuner_core.errors import ConflictError
 from tuner_core.model import JobState, TaskState
 from tuner_server.scheduler import messages as m
-from tuner_server.scheduler import promotion, searching
+from tuner_server.scheduler import promotion, searching, shard_trials
 from tuner_server.scheduler import shard_messages as sm
-from tuner_server.scheduler.progress import Batch, Limits, TaskPlan, TaskProgress
+from tuner_server.scheduler.progress import Limits, TaskPlan, TaskProgress
 from tuner_server.scheduler.shard_tasks import Lease, ShardTask
 
 
@@ -157,7 +157,7 @@ class ShardMachine:
             case sm.LaneClosed():
                 self._lane_open = False
             case sm.KnownFound():
-                self._take_known(self.shards[event.task], event.known, out)
+                shard_trials.take_known(self.shards[event.task], event.known, out)
             case sm.LeaseRevoked():
                 shard = self.shards[event.task]
                 if shard.lease is not None and shard.lease.token == event.token:
@@ -181,18 +181,15 @@ class ShardMachine:
                 shard.baseline_asked = False
                 shard.baseline_error = f"the fallback schedule failed: {event.message}"
             case m.CandidatesReady():
-                self._candidates(self.shards[event.task], event, out)
+                shard_trials.take_candidates(self.shards[event.task], event, out)
             case m.CannotSample():
-                self._cannot_sample(self.shards[event.task], event, out)
+                shard_trials.cannot_sample(self.shards[event.task], event, out)
             case m.SessionLost():
                 self._session_lost(self.shards[event.task], event, out)
-            case m.TrialMeasured():
-                self._trial(event, event.median_us, out)
-            case m.TrialFailed():
-                self.tasks[event.task].failures[event.kind] += 1
-                self._trial(event, None, out)
+            case m.TrialMeasured() | m.TrialFailed():
+                shard_trials.take_trial(self.shards[event.task], event, self.limits.top_k, out)
             case m.TrialDropped():
-                self._dropped(self.shards[event.task], event, out)
+                shard_trials.take_back(self.shards[event.task], event, out)
             case m.Promoted():
                 promotion.take_promoted(self.tasks[event.task], event, out)
             case m.Checked():
@@ -200,95 +197,12 @@ class ShardMachine:
         self._advance(out)
         return out
 
-    # What is known
-
-    def _take_known(self, shard: ShardTask, known: m.Known, out: list[sm.Instruction]) -> None:
-        shard.looking, shard.looked_up = False, True
-        task = shard.progress
-        if known.baseline is not None and task.baseline_us is None:
-            searching.take_baseline(task, known.baseline)
-            shard.baseline_trial_id = known.baseline_trial_id
-        if known.best_verified is not None:
-            task.published, task.published_is_fallback = known.best_verified, known.best_is_fallback
-            task.best_trial_id = task.best_trial_id or known.best_trial_id
-        seen = shard.own | {trial.trace for trial in task.known}
-        new = tuple(trial for trial in known.trials if trial.trace not in seen)
-        task.results |= {trial.trace: trial.median_us for trial in new if trial.median_us is not None}
-        for trial in known.trials:
-            if trial.median_us is None:  # failed, or found to be wrong elsewhere
-                task.results.pop(trial.trace, None)
-                task.kept.discard(trial.trace)
-        task.best_us = min(task.results.values(), default=task.best_us)
-        if not new:
-            return
-        shard.conclusion = None
-        task.known += new
-        task.reused = len(task.known)
-        foreign = {trial.trace for trial in new}
-        shard.spare = [trace for trace in shard.spare if trace not in foreign]
-        if task.session_open:
-            out.append(m.Report(task.index, new))
-
     # Search
 
-    def _candidates(self, shard: ShardTask, event: m.CandidatesReady, out: list[sm.Instruction]) -> None:
-        task = shard.progress
-        lease = shard.find(task.batches[event.batch].lease)
-        if lease is None or lease.ending:
-            batch = task.batches.pop(event.batch)
-            task.new_trials -= batch.asked
-            task.exhausted = task.exhausted or not event.traces
-            shard.spare.extend(event.traces)
-            if lease is not None:
-                lease.asked -= batch.asked
-            return
-        lease.asked -= searching.take_candidates(task, event.batch, event.traces, out)
-
-    def _cannot_sample(self, shard: ShardTask, event: m.CannotSample, out: list[sm.Instruction]) -> None:
-        lease = shard.find(shard.progress.batches[event.batch].lease)
-        returned = searching.cannot_sample(shard.progress, event, out)
-        if lease is not None:
-            lease.asked -= returned
-            lease.error = shard.progress.error
-
     def _session_lost(self, shard: ShardTask, event: m.SessionLost, out: list[sm.Instruction]) -> None:
-        task = shard.progress
-        batch = task.batches.get(event.batch) if event.batch is not None else None
-        lease = shard.find(batch.lease) if batch is not None else None
-        returned = searching.session_lost(task, event, out)
-        if lease is not None:
-            lease.asked -= returned
-        if task.session_losses >= searching.MAX_SESSION_LOSSES:  # another instance may do better
-            task.exhausted, task.session_losses = False, 0
-            if shard.lease is not None:
-                shard.lease.error = task.error
-                self._wind_down(shard, shard.lease, "failed", out)
-
-    def _trial(
-        self, event: m.TrialMeasured | m.TrialFailed, median_us: float | None, out: list[sm.Instruction]
-    ) -> None:
-        shard = self.shards[event.task]
-        task = shard.progress
-        token = task.batches[event.batch].lease
-        lease = shard.find(token)
-        if lease is not None:
-            lease.measured += 1
-        shard.own.add(event.trace)
-        shard.conclusion = None
-        searching.take_trial(task, event.batch, m.KnownTrial(event.trace, median_us), self.limits.top_k, out)
-        failure = str(event.kind) if isinstance(event, m.TrialFailed) else ""
-        out.append(sm.TellTrial(event.task, token, event.trial_id, median_us, failure))
-
-    def _dropped(self, shard: ShardTask, event: m.TrialDropped, out: list[sm.Instruction]) -> None:
-        task = shard.progress
-        batch = task.batches[event.batch]
-        batch.waiting.discard(event.trace)
-        task.new_trials -= 1
-        shard.spare.append(event.trace)
-        lease = shard.find(batch.lease)
-        if lease is not None:
-            lease.asked -= 1
-        searching.report_if_complete(task, event.batch, out)
+        if shard_trials.session_lost(shard, event, out) and shard.lease is not None:
+            shard.lease.error = shard.progress.error
+            self._wind_down(shard, shard.lease, "failed", out)
 
     def _fill(self, out: list[sm.Instruction]) -> None:
         """Ask for batches: of the leases with trials left, those with fewest batches first, then who waits longest."""
@@ -309,19 +223,7 @@ class ShardMachine:
             count = min(self.limits.batch, shard.lease.remaining)
             shard.served = next(self._served)
             shard.progress.state = TaskState.RUNNING
-            if shard.spare:
-                shard.lease.asked += self._run_spare(shard, shard.lease, count, out)
-                continue
-            shard.lease.asked += count
-            searching.ask(shard.progress, next(self._batch_ids), count, out, shard.lease.token)
-
-    def _run_spare(self, shard: ShardTask, lease: Lease, count: int, out: list[sm.Instruction]) -> int:
-        taken, shard.spare = tuple(shard.spare[:count]), shard.spare[count:]
-        task, batch = shard.progress, next(self._batch_ids)
-        task.batches[batch] = Batch(len(taken), lease.token)
-        task.new_trials += len(taken)
-        searching.take_candidates(task, batch, taken, out)
-        return len(taken)
+            shard_trials.ask(shard, shard.lease, next(self._batch_ids), count, out)
 
     # Ends
 
