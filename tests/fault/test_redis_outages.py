@@ -249,7 +249,7 @@ class TestKills:
                 direct += store.waiting == 0
                 server.kill()
                 server.start()
-                if chance.random() < 0.3:
+                if chance.random() < 0.15:
                     wait_for(lambda: store.waiting == 0)
             stop.set()
             for writer in writers:
