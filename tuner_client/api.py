@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tuner_client.job import DETACHED, JobReport, job_report
 from tuner_client.preparing import import_model, prepare_model
 from tuner_client.progress import Progress, Silent
-from tuner_client.request import TuneRequest, check_model_path, check_output, check_sm_percent
+from tuner_client.request import TuneRequest, check_layout, check_model_path, check_output, check_sm_percent
 from tuner_core.datadir import default_data_dir, read_holder
 from tuner_core.errors import ConflictError, DeadlineError, UnavailableError, UsageError
 from tuner_core.model import JobState, Record
@@ -138,6 +138,7 @@ class Client:
         refresh: bool = False,
         seed: int = 0,
         tags: Mapping[str, str] | None = None,
+        layout: str = "auto",
         detach: bool = False,
     ) -> JobReport:
         """Tune a model; see :func:`tuner_client.tune` for the arguments.
@@ -163,6 +164,7 @@ class Client:
             refresh=refresh,
             seed=seed,
             tags=dict(tags or {}),
+            layout=layout,
         )
         return self.run(request, detach=detach)
 
@@ -180,7 +182,7 @@ class Client:
         if request.sm_percent is None:
             request = dataclasses.replace(request, sm_percent=_first_share(host))
         target_json = request.target_json or host.target_json
-        prepared = self._prepare(imported, target_json)
+        prepared = self._prepare(imported, target_json, request.layout)
         job = self._submit(request, prepared, imported.digest, target_json)
         if detach:
             return dataclasses.replace(self.job(job), status=DETACHED)
@@ -248,7 +250,7 @@ class Client:
             self.resume(job)
         report = self._follow(job)
         if imported is not None and output is not None and report.status in (JobState.DONE, JobState.PARTLY):
-            prepared = self._prepare(imported, json.dumps(dict(report.target)))
+            prepared = self._prepare(imported, json.dumps(dict(report.target)), report.layout or "auto")
             report = self._build_for_job(report, prepared, Path(output))
         return report
 
@@ -306,8 +308,8 @@ class Client:
     def _import(self, path: Path, input_shapes: Mapping[str, tuple[int, ...]]) -> ImportedModel:
         return import_model(path, input_shapes, self._progress, self._quiet)
 
-    def _prepare(self, imported: ImportedModel, target_json: str) -> Prepared:
-        return prepare_model(imported, target_json, self._progress, self._quiet)
+    def _prepare(self, imported: ImportedModel, target_json: str, layout: str) -> Prepared:
+        return prepare_model(imported, target_json, self._progress, self._quiet, layout)
 
     def _build_for_job(self, report: JobReport, prepared: Prepared, output: Path) -> JobReport:
         from tuner_client.building import build_model, choose_for_job
@@ -329,6 +331,7 @@ class Client:
         output: str | os.PathLike[str],
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         target: Mapping[str, Any] | None = None,
+        layout: str = "auto",
         strict: bool = True,
     ) -> BuildReport:
         """Build a model from records, without measuring anything.
@@ -339,6 +342,7 @@ class Client:
             output: File to write.
             input_shapes: Shapes of inputs by name, where the model leaves them open.
             target: Target; None: the server's own at this share.
+            layout: Of 2-D convolutions, as given to ``tune``.
             strict: Only records of exactly this device, SM count, target and TVM version. When False, an operator
                 without any takes the nearest, see :class:`tuner_client.RecordDatabase`; the report names these.
 
@@ -349,6 +353,7 @@ class Client:
         from tuner_client.selection import Place
 
         check_sm_percent(sm_percent)
+        check_layout(layout)
         check_model_path(Path(model))
         check_output(Path(output))
         imported = self._import(Path(model), {key: tuple(shape) for key, shape in (input_shapes or {}).items()})
@@ -356,7 +361,7 @@ class Client:
         target_json = json.dumps(dict(target)) if target is not None else host.target_json
         if not host.devices:
             raise ConflictError(f"the server at {self.connection.address} has no device to build for")
-        prepared = self._prepare(imported, target_json)
+        prepared = self._prepare(imported, target_json, layout)
         place = Place(host.devices[0].model, host.sm_count, target_json)
         with self._progress.step(f"building {Path(output).name}"), self._quiet():
             chosen = choose(prepared, open_database(self.store, place, strict=strict))
@@ -552,6 +557,7 @@ def tune(
     refresh: bool = False,
     seed: int = 0,
     tags: Mapping[str, str] | None = None,
+    layout: str = "auto",
     data_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> JobReport:
@@ -570,6 +576,8 @@ def tune(
         refresh: Measure again what the store already holds.
         seed: Of the search.
         tags: Stored with every record.
+        layout: Of 2-D convolutions: ``NCHW`` (as the model has them), ``NHWC``, or ``auto``: NHWC for fp16 on GPUs with
+            tensor cores, which they cannot reach otherwise.
         data_dir: The data directory; None: the user's.
         progress: Hears what happens.
 
@@ -597,4 +605,5 @@ def tune(
             refresh=refresh,
             seed=seed,
             tags=tags,
+            layout=layout,
         )

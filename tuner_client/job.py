@@ -141,6 +141,7 @@ class JobReport:
         elapsed_s: Time spent on the job by the server.
         phase: What it does now, for people.
         created_at: Seconds since the epoch.
+        layout: Of the model's 2-D convolutions, NCHW or NHWC; empty without any.
         devices: UUIDs of the devices that it runs on, all of ``device_model``.
         output: File that was built, if one was.
         coverage: Of the built file: how many operators run a tuned schedule.
@@ -171,6 +172,7 @@ class JobReport:
     device_model: str = ""
     devices: tuple[str, ...] = ()
     tvm_version: str = ""
+    layout: str = ""
     instance: str = ""
     output: str = ""
     coverage: Mapping[str, Any] | None = None
@@ -225,6 +227,7 @@ class JobReport:
             "instance": self.instance,
             "instances": [instance.document() for instance in self.instances],
             "tvm_version": self.tvm_version,
+            "layout": self.layout or None,
             "created_at": self.created_at,
         }
         if self.output:
@@ -297,5 +300,6 @@ def job_report(status: tuning_pb2.JobStatus) -> JobReport:
         device_model=status.device_model,
         devices=tuple(status.device_uuids),
         tvm_version=status.tvm_version,
+        layout=status.layout,
         instance=status.instance,
     )

@@ -26,13 +26,19 @@ def import_model(
         return load_model(path, input_shapes)
 
 
-def prepare_model(imported: ImportedModel, target_json: str, progress: Progress, quiet: Quiet) -> Prepared:
+def prepare_model(
+    imported: ImportedModel, target_json: str, progress: Progress, quiet: Quiet, layout: str = "auto"
+) -> Prepared:
     """Bring a model into the form that is tuned; see :func:`tuner_client.model.prepare.prepare`."""
     with progress.step("preparing the model and extracting its operators"), quiet():
         from tuner_client.model.prepare import prepare
 
-        prepared = prepare(imported.module, target_json)
+        prepared = prepare(imported.module, target_json, layout)
     tunable = sum(task.tunable for task in prepared.tasks)
     calls = sum(task.weight for task in prepared.tasks)
-    progress.note(f"{len(prepared.tasks)} operators ({calls} calls), {tunable} worth tuning")
+    progress.note(f"{len(prepared.tasks)} operators ({calls} calls), {tunable} worth tuning{_layout(prepared)}")
     return prepared
+
+
+def _layout(prepared: Prepared) -> str:
+    return f"; convolutions in {prepared.layout}" if prepared.layout else ""

@@ -13,6 +13,7 @@ from tuner_core.model import canonical_json
 
 MAX_TRIALS = 1_000_000
 TRIALS_PER_TASK = 64
+LAYOUTS = ("auto", "NCHW", "NHWC")
 _MAX_NAME = 200
 
 
@@ -32,6 +33,7 @@ class TuneRequest:
         refresh: Ignore what the store holds.
         seed: Of the search.
         tags: Stored with every record.
+        layout: Of 2-D convolutions: ``auto``, ``NCHW`` or ``NHWC``.
 
     Raises:
         UsageError: A value is out of range or malformed.
@@ -48,10 +50,12 @@ class TuneRequest:
     refresh: bool = False
     seed: int = 0
     tags: Mapping[str, str] = field(default_factory=dict)
+    layout: str = "auto"
 
     def __post_init__(self) -> None:
         check_sm_percent(self.sm_percent)
         check_model_path(self.model)
+        check_layout(self.layout)
         if self.trials is not None and not 1 <= self.trials <= MAX_TRIALS:
             raise UsageError(f"--trials must be between 1 and {MAX_TRIALS}, not {self.trials}")
         if self.output is not None:
@@ -76,6 +80,16 @@ def check_sm_percent(value: int | None, flag: str = "--sm-percent") -> None:
     """
     if value is not None and not 1 <= value <= 100:
         raise UsageError(f"{flag} must be between 1 and 100, not {value}")
+
+
+def check_layout(value: str) -> None:
+    """Refuse what is no layout.
+
+    Raises:
+        UsageError: It is not one of ``LAYOUTS``.
+    """
+    if value not in LAYOUTS:
+        raise UsageError(f"--layout must be one of {', '.join(LAYOUTS)}, not '{value[:40]}'")
 
 
 def check_model_path(path: Path) -> None:

@@ -42,4 +42,5 @@ def job_spec(request: TuneRequest, prepared: Prepared, *, digest: str, target_js
         seed=request.seed,
         request_id=uuid.uuid4().hex,
         tags=dict(request.tags),
+        layout=prepared.layout,
     )

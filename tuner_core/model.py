@@ -165,6 +165,8 @@ class Record:
         median_us, ci_low_us, ci_high_us: Median of the samples and its confidence interval; None for a failed trial.
         failure: Why the trial has no latency; None for a valid record.
         affinity: Cores that the worker was pinned to; empty on a GPU.
+        layout: ``NCHW`` or ``NHWC``: of the model's 2-D convolutions when it was prepared. Empty: it has none, or the
+            record is from before layouts were noted.
         created_at: Seconds since the epoch.
     """
 
@@ -200,6 +202,7 @@ class Record:
     tags: Mapping[str, str] = field(default_factory=dict)
     op: str = ""
     description: str = ""
+    layout: str = ""
 
     @property
     def key(self) -> RecordKey:

@@ -71,6 +71,7 @@ def make_record(workload: Workload, number: int = 0, **changes: Any) -> Record:
             "tags": {"branch": "main"},
             "op": workload.op,
             "description": workload.description,
+            "layout": "NHWC",
             **changes,
         }
     )

@@ -9,7 +9,14 @@ import click
 
 from tuner_client.cli.ending import print_document
 from tuner_client.cli.session import Session, session_options
-from tuner_client.request import check_model_path, check_output, check_sm_percent, parse_input_shapes, parse_target
+from tuner_client.request import (
+    LAYOUTS,
+    check_model_path,
+    check_output,
+    check_sm_percent,
+    parse_input_shapes,
+    parse_target,
+)
 
 
 @click.command("build", epilog="Example: tuner-client build resnet50.onnx --sm-percent 25 -o resnet50.so")
@@ -18,6 +25,12 @@ from tuner_client.request import check_model_path, check_output, check_sm_percen
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write.")
 @click.option("--input-shape", multiple=True, metavar="NAME=SHAPE", help="Of an open input; repeatable.")
 @click.option("--target", default="auto", metavar="auto|JSON", help="TVM target.  [default: auto, the server's own]")
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="auto",
+    help="Of 2-D convolutions.  [default: auto: NHWC for fp16 where there are tensor cores, else as the model has it]",
+)
 @click.option(
     "--nearest-share", is_flag=True, help="For operators without a record of this share, the nearest one, and say so."
 )
@@ -29,6 +42,7 @@ def build_command(
     output: Path,
     input_shape: tuple[str, ...],
     target: str,
+    layout: str,
     nearest_share: bool,
 ) -> None:
     """Build MODEL from records for a share of the server's device, without measuring anything.
@@ -47,6 +61,7 @@ def build_command(
             output=output,
             input_shapes=shapes,
             target=json.loads(target_json) if target_json else None,
+            layout=layout,
             strict=not nearest_share,
         )
     session.close_view()

@@ -9,7 +9,7 @@ import click
 
 from tuner_client.cli.session import Session, session_options
 from tuner_client.cli.sharded import sharding_options, tune_on_several, wants_sharding
-from tuner_client.request import TuneRequest, parse_input_shapes, parse_tags, parse_target
+from tuner_client.request import LAYOUTS, TuneRequest, parse_input_shapes, parse_tags, parse_target
 from tuner_core.errors import UsageError
 
 
@@ -24,6 +24,12 @@ from tuner_core.errors import UsageError
 )
 @click.option("--trials", type=int, metavar="N", help="Budget of the whole job.  [default: 64 per tunable operator]")
 @click.option("--target", default="auto", metavar="auto|JSON", help="TVM target.  [default: auto, the server's own]")
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="auto",
+    help="Of 2-D convolutions.  [default: auto: NHWC for fp16 where there are tensor cores, else as the model has it]",
+)
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="FILE", help="Build the tuned model there.")
 @click.option("--name", metavar="NAME", help="Name of the model in records.  [default: the file's]")
 @click.option("--team", default="", envvar="TUNER_TEAM", metavar="TEAM", help="Team that the records belong to.")
@@ -40,6 +46,7 @@ def tune_command(
     input_shape: tuple[str, ...],
     trials: int | None,
     target: str,
+    layout: str,
     output: Path | None,
     name: str | None,
     team: str,
@@ -72,6 +79,7 @@ def tune_command(
         refresh=refresh,
         seed=seed,
         tags=parse_tags(tag),
+        layout=layout,
     )
     if wants_sharding(session, store, wait):
         if detach:

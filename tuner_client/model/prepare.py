@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tuner_client.model.fold import fold_constants
+from tuner_client.model.layout import NCHW, NHWC, choose_layout, convert_layout
 from tuner_client.model.load import one_line
 from tuner_core.compiler.describe import worth_trials
 from tuner_core.compiler.fallback import has_device_code
@@ -53,33 +54,37 @@ class Prepared:
             small integer constants are still in it.
         weights: The constants, in the order of those parameters.
         tasks: The operators, in the order of their first calls.
+        layout: Of its 2-D convolutions, see :func:`tuner_client.model.layout.choose_layout`; empty without any.
     """
 
     module: IRModule
     lifted_json: str
     weights: tuple[Tensor, ...]
     tasks: tuple[ExtractedTask, ...]
+    layout: str = ""
 
 
-def prepare(module: IRModule, target_json: str) -> Prepared:
+def prepare(module: IRModule, target_json: str, layout: str = "auto") -> Prepared:
     """Lower an imported model to calls of fused TIR functions and list these as tasks.
 
     Args:
         module: From ``load_model``.
         target_json: Target to prepare for; the same target must be used for tuning and for building.
+        layout: ``auto``, ``NCHW`` or ``NHWC``, for 2-D convolutions; the same for tuning and for building.
 
     Raises:
-        ModelError: TVM cannot lower the model, or shapes are still open after lowering.
-        UsageError: The target is not one.
+        ModelError: TVM cannot lower the model, or not in the layout asked for, or shapes are still open after
+            lowering.
+        UsageError: The target is not one, or the layout.
     """
     load_tvm(intrinsics=True)
     target = parse_target(target_json)
-    prepared = _lower(module, target)
+    prepared, chosen = _lower(module, target, layout)
     tasks = _tasks(prepared, target)
     import tvm
 
     lifted, weights = lift_constants(prepared)
-    return Prepared(prepared, tvm.ir.save_json(lifted), tuple(weights), tuple(tasks))
+    return Prepared(prepared, tvm.ir.save_json(lifted), tuple(weights), tuple(tasks), chosen)
 
 
 def parse_target(target_json: str) -> Target:
@@ -100,7 +105,8 @@ def parse_target(target_json: str) -> Target:
         raise UsageError(f"not a target: {target_json[:120]} ({one_line(error)})") from None
 
 
-def _lower(module: IRModule, target: Target) -> IRModule:
+def _lower(module: IRModule, target: Target, layout: str) -> tuple[IRModule, str]:
+    """The prepared module, and the layout that its convolutions have now."""
     import tvm
     from tvm import relax
     from tvm.ir.transform import PassContext
@@ -119,9 +125,27 @@ def _lower(module: IRModule, target: Target) -> IRModule:
     )
     try:
         with target, shield, PassContext(opt_level=3):
-            return relax.get_pipeline("zero")(fold_constants(passes(module)))
+            decomposed = passes(module)
+            chosen = choose_layout(decomposed, target, layout)
+            if chosen == NHWC:
+                decomposed, chosen = _converted(decomposed, required=layout == NHWC)
+            return relax.get_pipeline("zero")(fold_constants(decomposed)), chosen
+    except (ModelError, UsageError):
+        raise
     except Exception as error:  # TVM's errors have no common base
         raise ModelError(f"TVM cannot lower this model for {target.kind.name}: {one_line(error)}") from error
+
+
+def _converted(module: IRModule, *, required: bool) -> tuple[IRModule, str]:
+    """The module with NHWC convolutions; unless that is required, the module itself where TVM cannot convert it."""
+    try:
+        return convert_layout(module), NHWC
+    except Exception as error:  # TVM's errors have no common base
+        reason = one_line(error)
+        if required:
+            raise ModelError(f"TVM cannot convert this model to NHWC: {reason}; try --layout {NCHW}") from error
+        log.warning("the model keeps its layout, and its convolutions miss the tensor cores: %s", reason)
+        return module, NCHW
 
 
 def _tasks(prepared: IRModule, target: Target) -> list[ExtractedTask]:

@@ -46,6 +46,7 @@ _SAME_FIELDS = (
     "instance",
     "op",
     "description",
+    "layout",
 )
 _KEY_FIELDS = ("workload_digest", "target_digest", "device_model", "sm_count", "tvm_version")
 _FILTER_TEXTS = (

@@ -283,6 +283,7 @@ class Performer:
             tags=dict(spec.tags),
             op=workload.op,
             description=workload.description,
+            layout=spec.layout,
         )
 
     # Promotion

@@ -55,6 +55,7 @@ def queued_status(facts: JobFacts) -> tuning_pb2.JobStatus:
         sm_percent=spec.sm_percent,
         trials_budget=spec.trials,
         team=spec.team,
+        layout=spec.layout,
         phase="queued",
         instance=facts.instance,
     )

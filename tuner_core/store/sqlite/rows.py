@@ -240,6 +240,7 @@ def _facts(record: Record) -> dict[str, Any]:
         "origin": record.origin,
         "instance": record.instance,
         "affinity": list(record.affinity),
+        "layout": record.layout,
     }
 
 
@@ -325,4 +326,5 @@ def _shared(connection: sqlite3.Connection, group_id: int) -> Record:
         origin=Origin(facts["origin"]),
         instance=facts["instance"],
         affinity=tuple(facts["affinity"]),
+        layout=facts.get("layout", ""),  # which rows from before layouts were noted lack
     )

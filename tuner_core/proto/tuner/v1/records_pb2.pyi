@@ -26,7 +26,7 @@ class Workload(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., body_zlib: _Optional[bytes] = ..., structural_hash: _Optional[str] = ..., op: _Optional[str] = ..., description: _Optional[str] = ..., args_info_json: _Optional[str] = ...) -> None: ...
 
 class Record(_message.Message):
-    __slots__ = ("trial_id", "workload_digest", "trace_zlib", "target_json", "target_digest", "device_model", "device_arch", "sm_percent", "sm_count", "partition_kind", "neighbours", "verified", "latencies_us", "median_us", "ci_low_us", "ci_high_us", "evaluator_json", "tvm_version", "cuda_version", "driver_version", "job", "team", "model", "created_at", "failure", "failure_message", "origin", "instance", "affinity", "tags", "op", "description")
+    __slots__ = ("trial_id", "workload_digest", "trace_zlib", "target_json", "target_digest", "device_model", "device_arch", "sm_percent", "sm_count", "partition_kind", "neighbours", "verified", "latencies_us", "median_us", "ci_low_us", "ci_high_us", "evaluator_json", "tvm_version", "cuda_version", "driver_version", "job", "team", "model", "created_at", "failure", "failure_message", "origin", "instance", "affinity", "tags", "op", "description", "layout")
     class TagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class Record(_message.Message):
     TAGS_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     trial_id: str
     workload_digest: str
     trace_zlib: bytes
@@ -98,7 +99,8 @@ class Record(_message.Message):
     tags: _containers.ScalarMap[str, str]
     op: str
     description: str
-    def __init__(self, trial_id: _Optional[str] = ..., workload_digest: _Optional[str] = ..., trace_zlib: _Optional[bytes] = ..., target_json: _Optional[str] = ..., target_digest: _Optional[str] = ..., device_model: _Optional[str] = ..., device_arch: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., partition_kind: _Optional[str] = ..., neighbours: _Optional[int] = ..., verified: bool = ..., latencies_us: _Optional[_Iterable[float]] = ..., median_us: _Optional[float] = ..., ci_low_us: _Optional[float] = ..., ci_high_us: _Optional[float] = ..., evaluator_json: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., driver_version: _Optional[str] = ..., job: _Optional[str] = ..., team: _Optional[str] = ..., model: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure: _Optional[str] = ..., failure_message: _Optional[str] = ..., origin: _Optional[str] = ..., instance: _Optional[str] = ..., affinity: _Optional[_Iterable[int]] = ..., tags: _Optional[_Mapping[str, str]] = ..., op: _Optional[str] = ..., description: _Optional[str] = ...) -> None: ...
+    layout: str
+    def __init__(self, trial_id: _Optional[str] = ..., workload_digest: _Optional[str] = ..., trace_zlib: _Optional[bytes] = ..., target_json: _Optional[str] = ..., target_digest: _Optional[str] = ..., device_model: _Optional[str] = ..., device_arch: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., partition_kind: _Optional[str] = ..., neighbours: _Optional[int] = ..., verified: bool = ..., latencies_us: _Optional[_Iterable[float]] = ..., median_us: _Optional[float] = ..., ci_low_us: _Optional[float] = ..., ci_high_us: _Optional[float] = ..., evaluator_json: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., driver_version: _Optional[str] = ..., job: _Optional[str] = ..., team: _Optional[str] = ..., model: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure: _Optional[str] = ..., failure_message: _Optional[str] = ..., origin: _Optional[str] = ..., instance: _Optional[str] = ..., affinity: _Optional[_Iterable[int]] = ..., tags: _Optional[_Mapping[str, str]] = ..., op: _Optional[str] = ..., description: _Optional[str] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class CommitRecordsRequest(_message.Message):
     __slots__ = ("workloads", "records")

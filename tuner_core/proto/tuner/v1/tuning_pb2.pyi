@@ -33,7 +33,7 @@ class EvaluatorSettings(_message.Message):
     def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ms: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("model", "model_digest", "lifted_module_zlib", "tasks", "target_json", "sm_percent", "trials", "team", "evaluator", "refresh", "seed", "request_id", "tags")
+    __slots__ = ("model", "model_digest", "lifted_module_zlib", "tasks", "target_json", "sm_percent", "trials", "team", "evaluator", "refresh", "seed", "request_id", "tags", "layout")
     class TagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class JobSpec(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_digest: str
     lifted_module_zlib: bytes
@@ -67,7 +68,8 @@ class JobSpec(_message.Message):
     seed: int
     request_id: str
     tags: _containers.ScalarMap[str, str]
-    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: bool = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    layout: str
+    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: bool = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class TaskStatus(_message.Message):
     __slots__ = ("name", "state", "workload_digest", "description", "weight", "trials", "reused", "failed", "baseline_latency_us", "best_latency_us", "verified", "instance", "error", "best_trial_id", "op", "failures")
@@ -113,7 +115,7 @@ class TaskStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., workload_digest: _Optional[str] = ..., description: _Optional[str] = ..., weight: _Optional[int] = ..., trials: _Optional[int] = ..., reused: _Optional[int] = ..., failed: _Optional[int] = ..., baseline_latency_us: _Optional[float] = ..., best_latency_us: _Optional[float] = ..., verified: bool = ..., instance: _Optional[str] = ..., error: _Optional[str] = ..., best_trial_id: _Optional[str] = ..., op: _Optional[str] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("job", "model", "model_digest", "status", "target_json", "sm_percent", "sm_count", "tasks", "baseline_latency_us", "tuned_latency_us", "outputs_match", "trials_measured", "trials_failed", "trials_reused", "trials_budget", "elapsed_s", "trials_per_s", "created_at", "error", "team", "phase", "device_model", "tvm_version", "instance", "device_uuids")
+    __slots__ = ("job", "model", "model_digest", "status", "target_json", "sm_percent", "sm_count", "tasks", "baseline_latency_us", "tuned_latency_us", "outputs_match", "trials_measured", "trials_failed", "trials_reused", "trials_budget", "elapsed_s", "trials_per_s", "created_at", "error", "team", "phase", "device_model", "tvm_version", "instance", "device_uuids", "layout")
     JOB_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +141,7 @@ class JobStatus(_message.Message):
     TVM_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     job: str
     model: str
     model_digest: str
@@ -164,7 +167,8 @@ class JobStatus(_message.Message):
     tvm_version: str
     instance: str
     device_uuids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., status: _Optional[str] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., baseline_latency_us: _Optional[float] = ..., tuned_latency_us: _Optional[float] = ..., outputs_match: bool = ..., trials_measured: _Optional[int] = ..., trials_failed: _Optional[int] = ..., trials_reused: _Optional[int] = ..., trials_budget: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., trials_per_s: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., team: _Optional[str] = ..., phase: _Optional[str] = ..., device_model: _Optional[str] = ..., tvm_version: _Optional[str] = ..., instance: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
+    layout: str
+    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., model_digest: _Optional[str] = ..., status: _Optional[str] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., sm_count: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskStatus, _Mapping]]] = ..., baseline_latency_us: _Optional[float] = ..., tuned_latency_us: _Optional[float] = ..., outputs_match: bool = ..., trials_measured: _Optional[int] = ..., trials_failed: _Optional[int] = ..., trials_reused: _Optional[int] = ..., trials_budget: _Optional[int] = ..., elapsed_s: _Optional[float] = ..., trials_per_s: _Optional[float] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., team: _Optional[str] = ..., phase: _Optional[str] = ..., device_model: _Optional[str] = ..., tvm_version: _Optional[str] = ..., instance: _Optional[str] = ..., device_uuids: _Optional[_Iterable[str]] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class SubmitJobRequest(_message.Message):
     __slots__ = ("spec",)
