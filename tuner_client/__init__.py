@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tuner_client.api import Client, JobInterrupted, tune
     from tuner_client.job import JobReport, TaskReport
     from tuner_client.records import RecordDatabase
+    from tuner_client.request import TuneRequest
+    from tuner_client.sharding.tuning import ShardedTuner, ShardingOptions
     from tuner_core.errors import TunerError
     from tuner_core.store.interface import RecordFilter
     from tuner_core.transport.options import ConnectionOptions
@@ -23,7 +25,10 @@ __all__ = [
     "JobReport",
     "RecordDatabase",
     "RecordFilter",
+    "ShardedTuner",
+    "ShardingOptions",
     "TaskReport",
+    "TuneRequest",
     "TunerError",
     "tune",
 ]
@@ -34,7 +39,10 @@ _WHERE = {
     "JobReport": "tuner_client.job",
     "RecordDatabase": "tuner_client.records",
     "RecordFilter": "tuner_core.store.interface",
+    "ShardedTuner": "tuner_client.sharding.tuning",
+    "ShardingOptions": "tuner_client.sharding.tuning",
     "TaskReport": "tuner_client.job",
+    "TuneRequest": "tuner_client.request",
     "TunerError": "tuner_core.errors",
     "tune": "tuner_client.api",
 }

@@ -98,7 +98,9 @@ def test_the_python_api_imports_without_tvm_and_grpc(tmp_path: Path) -> None:
         (["tune", "m.onnx", "--output", "nowhere/m.so"], "there is no directory nowhere"),
         (["tune", "m.onnx", "--detach"], "--detach needs a server"),
         (["tune", "m.onnx", "--detach", "--server", "127.0.0.1:1", "-o", "m.so"], "--detach leaves nobody to build"),
-        (["tune", "m.onnx", "--server", "a:1", "--server", "b:1"], "one at a time"),
+        (["query", "--server", "a:1", "--server", "b:1"], "talks to one server, but a:1, b:1 were given"),
+        (["tune", "m.onnx", "--detach", "--server", "a:1", "--server", "b:1"], "--detach needs one server"),
+        (["tune", "m.onnx", "--wait", "0"], "give --server HOST:PORT for each"),
         (["tune", "m.onnx", "--server", "nonsense"], "is not a server address"),
         (["watch", JOB, "--output", "m.so"], "--output and --model go together"),
         (["jobs", "--tls"], "give --server HOST:PORT"),
@@ -118,8 +120,8 @@ def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path: Path, arguments: li
 
 
 def test_two_servers_in_the_environment_are_refused_too(tmp_path: Path) -> None:
-    run = client("jobs", data_dir=tmp_path, TUNER_SERVER="a:1 b:2")
-    assert "one at a time" in one_error_line(run.stderr)
+    run = client("stats", data_dir=tmp_path, TUNER_SERVER="a:1,b:2")
+    assert "talks to one server" in one_error_line(run.stderr)
     assert run.returncode == 2
 
 
