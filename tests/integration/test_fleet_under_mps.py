@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.gpu import kernels
+from tests.integration import measured_libraries as libraries
+from tests.integration.measured_libraries import VECTOR_ARGS
 from tuner_core.model import FailureKind
 from tuner_server.gpu.inventory import GpuInfo
 from tuner_server.gpu.lock import LOCK_DIRECTORY
-from tuner_server.measure.fleet import WorkerFleet
+from tuner_server.measure.fleet import MeasureRequest, WorkerFleet
 from tuner_server.measure.gate import CoreGate
 from tuner_server.partitions.interface import Partition
 from tuner_server.partitions.mps import MpsPartitions
@@ -66,12 +68,13 @@ async def all_back(fleet: WorkerFleet) -> set[int]:
 
 
 def test_all_workers_return_after_the_daemons_death_and_no_trial_is_lost(tmp_path: Path) -> None:
-    good, slow = (kernels.build(name, tmp_path, CPU) for name in ("good", "slow"))
+    good = kernels.build("good", tmp_path, CPU)
+    slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
 
     async def body() -> None:
         async with two_workers(tmp_path) as (fleet, provider):
             before = await all_back(fleet)
-            in_flight = asyncio.create_task(fleet.measure(kernels.request(slow, 60)))
+            in_flight = asyncio.create_task(fleet.measure(slow))
             while not any(worker.state == "measuring" for worker in fleet.workers()):
                 await asyncio.sleep(0.01)
             assert provider.daemon.pid is not None

@@ -274,3 +274,29 @@ def test_a_long_exclusive_block_lets_the_others_go_on_in_between(
             await stream
 
     runner.run(asyncio.wait_for(check(), 60))
+
+
+def test_the_first_worker_back_measures_while_the_others_are_on_their_way(
+    runner: asyncio.Runner, spawner: CountingSpawner, library: dict[str, Path]
+) -> None:
+    class Slow(Shared):
+        """Lets the first worker through and holds the second on its way."""
+
+        held: asyncio.Event | None = None
+
+        async def prepare_worker(self, partition: Partition) -> None:
+            if self.held is not None and partition.index == 1:
+                await self.held.wait()
+
+    async def check() -> None:
+        provider = Slow(spawner)
+        async with two_workers(spawner, provider) as fleet:
+            provider.held = asyncio.Event()
+            assert (await fails(fleet, ask(library["crash"]))).kind is FailureKind.RUN_ERROR  # beside, then alone
+            assert await until(lambda: fleet.capacity == 1)
+            assert (await fleet.measure(ask(library["matmul"]))).median_us > 0, "one worker measures already"
+            provider.held.set()
+            assert await until(lambda: fleet.capacity == 2)
+            assert fleet.facts().recoveries.count == 1, "the device was not whole in between"
+
+    runner.run(asyncio.wait_for(check(), 60))

@@ -21,7 +21,7 @@ import pytest
 
 from tuner_core.errors import ConflictError, TunerError
 from tuner_server.gpu.lock import LOCK_DIRECTORY
-from tuner_server.gpu.mps import MpsDaemon, pipe_directory_for
+from tuner_server.gpu.mps import MpsDaemon, Termination, pipe_directory_for
 from tuner_server.gpu.mps_processes import find_mps_processes
 
 STANDIN = Path(__file__).parents[1] / "gpu_standin"
@@ -163,10 +163,10 @@ def test_terminating_a_client_leaves_its_neighbour_alone_and_killing_one_does_no
     async def body() -> None:
         async with running(gpu, directory) as daemon:
             first, second, third = client(daemon), client(daemon), client(daemon)
-            assert await daemon.terminate_client(first.pid)
+            assert await daemon.terminate_client(first.pid) is Termination.ACCEPTED
             assert first.wait() == 3
             assert {known.pid for known in await daemon.clients()} == {second.pid, third.pid}
-            assert await daemon.terminate_client(first.pid)  # nothing to do any more
+            assert await daemon.terminate_client(first.pid) is Termination.NO_CLIENT
             second.kill()
             assert third.wait() == 3
 

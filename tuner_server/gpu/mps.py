@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import hashlib
 import logging
 import os
@@ -34,6 +35,14 @@ _COMMAND_TIMEOUT_S = 5.0
 _START_TIMEOUT_S = 15.0
 _QUIT_TIMEOUT_S = 5.0
 _POLL_S = 0.05
+
+
+class Termination(enum.IntEnum):
+    """What came of asking the daemon to take a process off the GPU."""
+
+    UNKNOWN = 0  # refused, or no answer
+    ACCEPTED = 1
+    NO_CLIENT = 2  # it is not on the GPU
 
 
 @dataclass(frozen=True)
@@ -380,7 +389,7 @@ class MpsDaemon:
                 found += [MpsClient(server, pid) for pid in _pids(await self.command(f"get_client_list {server}"))]
         return found
 
-    async def terminate_client(self, pid: int, timeout_s: float = 2.0) -> bool:
+    async def terminate_client(self, pid: int, timeout_s: float = 3.0) -> Termination:
         """Take a process off the GPU without harm to its neighbours.
 
         The process's CUDA calls fail from then on (cudaErrorMpsClientTerminated), also one in the middle of a kernel.
@@ -389,21 +398,18 @@ class MpsDaemon:
         Args:
             pid: The process.
             timeout_s: Deadline for the daemon's answers together.
-
-        Returns:
-            Whether the daemon has accepted that, or does not know such a client.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                for client in await self.clients():
-                    if client.pid == pid:
-                        await self.command(f"terminate_client {client.server_pid} {client.pid}", timeout_s)
+                found = [client for client in await self.clients() if client.pid == pid]
+                for client in found:
+                    await self.command(f"terminate_client {client.server_pid} {client.pid}", timeout_s)
         except (TunerError, TimeoutError) as error:
-            log.warning("cannot terminate MPS client %d: %s", pid, error or f"no answer within {timeout_s:g} s")
-            return False
-        return True
+            log.warning("cannot terminate MPS client %d: %s", pid, str(error) or f"no answer within {timeout_s:g} s")
+            return Termination.UNKNOWN
+        return Termination.ACCEPTED if found else Termination.NO_CLIENT
 
-    async def is_client(self, pid: int, timeout_s: float = 1.0) -> bool:
+    async def is_client(self, pid: int, timeout_s: float = 1.5) -> bool:
         """Whether a process is, or may be, on the GPU.
 
         Args:

@@ -286,10 +286,8 @@ class DeviceWorkers:
         self._metrics.voided(sum(activity is not guilty for activity in spoilt))
         for activity in spoilt:
             activity.void = True
-        self._repairs.void()
+        self._repairs.void([slot.arriving for slot in self._slots if slot.arriving is not None])
         for slot in self._slots:
-            if slot.arriving is not None:
-                slot.arriving.kill()  # it would be struck too, or wait for ever
             self._repair(slot, void=True)
 
     def _repair(self, slot: WorkerSlot, *, void: bool) -> None:

@@ -8,9 +8,10 @@ struck by the same fault, until then. What remains in sequence is stopping one w
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tuner_server.measure.metrics import FleetMetrics
@@ -82,11 +83,28 @@ class Repairs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def void(self) -> None:
-        """Everything on the device is void: workers that are being stopped gently are killed instead."""
-        for child in self._leaving:
+    def void(self, arriving: Iterable[Child]) -> None:
+        """Everything on the device is void: workers that are being stopped gently are killed instead.
+
+        Args:
+            arriving: Workers on their way to the device: they would be struck too, or wait for ever.
+        """
+        for child in list(self._leaving):
             self._doomed.add(child)
             child.kill()
+        for child in arriving:
+            child.kill()
+            self._leaves(child)
+            child.exited.add_done_callback(functools.partial(self._left, child))
+
+    def _leaves(self, child: Child) -> None:
+        self._leaving.setdefault(child, asyncio.get_running_loop().create_future())
+
+    def _left(self, child: Child, _exit: asyncio.Future[int | None] | None = None) -> None:
+        left = self._leaving.pop(child, None)
+        if left is not None:
+            left.set_result(None)
+        self._doomed.discard(child)
 
     async def cancel(self) -> None:
         """Give up; no process is left behind."""
@@ -126,7 +144,7 @@ class Repairs:
         )
 
     async def _stop(self, child: Child, void: bool) -> None:
-        self._leaving[child] = left = asyncio.get_running_loop().create_future()
+        self._leaves(child)
         try:
             if void and self._provider.faults_spread:
                 child.kill()
@@ -139,15 +157,16 @@ class Repairs:
             child.kill()
             raise
         finally:
-            left.set_result(None)
-            del self._leaving[child]
-            self._doomed.discard(child)
+            self._left(child)
 
     async def _arrive(self, slot: WorkerSlot, child: Child) -> None:
         """Let a forked process become the worker of its place."""
         try:
             while self._leaving:
-                await asyncio.wait(list(self._leaving.values()))
+                left, _ = await asyncio.wait(list(self._leaving.values()), timeout=_LEAVE_S)
+                if not left:
+                    log.warning("processes do not leave the device: %s", [other.pid for other in self._leaving])
+                    break
             await self._provider.prepare_worker(slot.partition)
         except BaseException:
             child.kill()

@@ -17,7 +17,7 @@ from typing import Any
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
 from tuner_server.gpu.inventory import GpuInfo
-from tuner_server.gpu.mps import MpsDaemon, control_version, find_control
+from tuner_server.gpu.mps import MpsDaemon, Termination, control_version, find_control
 from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
 from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
 from tuner_server.partitions.exclusive import device_info
@@ -245,12 +245,13 @@ class MpsPartitions:
             terminating.cancel()
             return True  # it was done with its work, and left in order
         await asyncio.wait({terminating}, timeout=_CONFIRM_S if child.exited.done() else None)
-        untouched = terminating.done() and terminating.result()
+        outcome = terminating.result() if terminating.done() else Termination.UNKNOWN
         terminating.cancel()  # after a fault the daemon may never answer
-        if untouched:
+        if outcome is Termination.ACCEPTED:
             await asyncio.wait({child.exited}, timeout=_EXIT_GRACE_S)
-        if not child.exited.done():
-            untouched = untouched and not await self.daemon.is_client(child.pid)
+            if child.alive and await self.daemon.is_client(child.pid):
+                outcome = Termination.UNKNOWN
+        if child.alive:
             child.kill()
             await asyncio.wait({child.exited}, timeout=_EXIT_GRACE_S)
-        return untouched
+        return outcome is not Termination.UNKNOWN
