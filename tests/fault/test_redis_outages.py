@@ -223,6 +223,7 @@ class TestKills:
         acknowledged: list[Record] = []
         failed: list[BaseException] = []
         stop = threading.Event()
+        budget = threading.Semaphore(8)
         with running(tmp_path / "redis", *DURABLE) as server:
             opened = open_server_store(f"{server.url}?timeout_s=2", tmp_path / "spool.sqlite")
             assert isinstance(opened, SpooledStore)
@@ -233,10 +234,12 @@ class TestKills:
                 choice = random.Random(worker)
                 try:
                     while not stop.is_set():
-                        some = [make_record(choice.choice(OTHERS), next(numbers)) for _ in range(choice.randint(1, 3))]
+                        # bounded, so that the data stay small and restarts fast
+                        if not budget.acquire(timeout=0.05):
+                            continue
+                        some = [make_record(choice.choice(OTHERS), next(numbers)) for _ in range(choice.randint(1, 2))]
                         store.commit(some)
                         acknowledged.extend(some)
-                        time.sleep(0.03)  # the data stay small, so that restarts are fast
                 except BaseException as error:
                     failed.append(error)
 
@@ -245,6 +248,7 @@ class TestKills:
                 writer.start()
             direct = 0
             for _ in range(self.KILLS):
+                budget.release(6)
                 time.sleep(chance.uniform(0, 0.03))
                 direct += store.waiting == 0
                 server.kill()
