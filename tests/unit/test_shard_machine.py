@@ -101,7 +101,8 @@ class SimulatedEngine:
                 return [m.TrialMeasured(task, batch, trace, latency(trace), f"id-{trace}")]
             case m.Promote(task, traces):
                 self.promoted.append(instruction)
-                return [m.Promoted(task, tuple(m.KnownTrial(t, latency(t)) for t in traces))]
+                alone = {t: 4000.0 if t.startswith("fallback") else latency(t) for t in traces}
+                return [m.Promoted(task, tuple(m.KnownTrial(t, us) for t, us in alone.items()))]
             case m.Check(task, trace):
                 return [m.Checked(task, trace, "ok", "", f"verified-{trace}")]
         raise AssertionError(instruction)
@@ -355,7 +356,14 @@ def test_conclude_promotes_checks_and_publishes_the_best_of_all_that_is_known() 
     (promote,) = engine.promoted
     assert promote.traces[:5] == ("t0c94", "t0c93", "t0c92", "t0c91", "t0c90") and promote.traces[-1] == "fallback0"
     assert engine.told[-1] == sm.TellEnded(
-        0, 2, "concluded", 0, verified=True, best_us=latency("t0c94"), best_trial_id="verified-t0c94"
+        0,
+        2,
+        "concluded",
+        0,
+        verified=True,
+        best_us=latency("t0c94"),
+        best_trial_id="verified-t0c94",
+        baseline_us=4000.0,  # as promotion measured it, alone
     )
     assert isinstance(engine.sessions[-1], m.CloseSession)
     assert engine.machine.tasks[0].state is TaskState.TUNED

@@ -290,6 +290,7 @@ class ShardDriver:
                         end.best_trial_id,
                         end.fallback,
                         end.error,
+                        end.baseline_latency_us if end.HasField("baseline_latency_us") else None,
                     )
                 ]
         return []

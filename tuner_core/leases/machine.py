@@ -397,6 +397,8 @@ class LeaseMachine:
             self._without_best(task)
             return
         task.verified, task.best_us, task.best_trial_id = True, event.best_latency_us, event.best_trial_id
+        if event.baseline_us is not None:
+            task.baseline_us = event.baseline_us
         task.state = TaskState.FALLBACK if event.fallback else TaskState.TUNED
         task.error = ""
 

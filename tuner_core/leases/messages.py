@@ -129,6 +129,7 @@ class LeaseEnded:
         reason: measured, exhausted, concluded, revoked, expired, draining or failed.
         verified: Concluded: the best is published.
         fallback: Concluded: the best is the fallback schedule.
+        baseline_us: Concluded: the baseline, measured again alone like the best.
     """
 
     now_s: float
@@ -141,6 +142,7 @@ class LeaseEnded:
     best_trial_id: str = ""
     fallback: bool = False
     error: str = ""
+    baseline_us: float | None = None
 
 
 @dataclass(frozen=True)

@@ -126,5 +126,6 @@ class EventLog:
                     best_trial_id=told.best_trial_id,
                     error=told.error,
                     fallback=told.fallback,
+                    baseline_latency_us=told.baseline_us,
                 )
                 return pb.WatchShardResponse(ended=ended)

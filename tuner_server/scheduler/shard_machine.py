@@ -331,6 +331,7 @@ class ShardMachine:
                 best_trial_id=task.best_trial_id if task.verified else "",
                 fallback=task.verified and task.state is TaskState.FALLBACK,
                 error="" if task.verified else task.error,
+                baseline_us=task.baseline_us if task.verified else None,
             )
         self._over(shard, lease, replace(shard.conclusion, token=lease.token), out)
 

@@ -111,6 +111,7 @@ class TellEnded:
     best_trial_id: str = ""
     fallback: bool = False
     error: str = ""
+    baseline_us: float | None = None
 
 
 Tell = TellBaseline | TellTrial | TellEnded

@@ -191,7 +191,7 @@ class TrialFinished(_message.Message):
     def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., trial_id: _Optional[str] = ..., latency_us: _Optional[float] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class LeaseEnded(_message.Message):
-    __slots__ = ("task", "token", "reason", "measured", "verified", "best_latency_us", "best_trial_id", "error", "fallback")
+    __slots__ = ("task", "token", "reason", "measured", "verified", "best_latency_us", "best_trial_id", "error", "fallback", "baseline_latency_us")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,7 @@ class LeaseEnded(_message.Message):
     BEST_TRIAL_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_LATENCY_US_FIELD_NUMBER: _ClassVar[int]
     task: str
     token: int
     reason: str
@@ -210,4 +211,5 @@ class LeaseEnded(_message.Message):
     best_trial_id: str
     error: str
     fallback: bool
-    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., measured: _Optional[int] = ..., verified: bool = ..., best_latency_us: _Optional[float] = ..., best_trial_id: _Optional[str] = ..., error: _Optional[str] = ..., fallback: bool = ...) -> None: ...
+    baseline_latency_us: float
+    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., measured: _Optional[int] = ..., verified: bool = ..., best_latency_us: _Optional[float] = ..., best_trial_id: _Optional[str] = ..., error: _Optional[str] = ..., fallback: bool = ..., baseline_latency_us: _Optional[float] = ...) -> None: ...
