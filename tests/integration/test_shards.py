@@ -176,7 +176,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
     tokens = folder / "tokens"
     tokens.write_text("".join(f"{token} {team}\n" for team, token in TOKENS.items()))
     with server(folder / "server", "--token-file", str(tokens)) as started:
-        started.data_dir = folder / "server"  # type: ignore[attr-defined]
         yield started
 
 
@@ -225,7 +224,7 @@ def test_a_shard_from_its_opening_to_its_close(running: ServerProcess, spec: tun
         again.close_channel()
         with refused(grpc.StatusCode.NOT_FOUND):
             one.grant("mm", 3, 4)
-    of_search = [trial for trial, searched in stored(running.data_dir, "job-whole").items() if searched]  # type: ignore[attr-defined]
+    of_search = [trial for trial, searched in stored(running.log.parent, "job-whole").items() if searched]
     assert len(of_search) == 20 and set(of_search) == {trial.trial_id for trial in one.trials("mm", 1)}
 
 

@@ -378,3 +378,14 @@ def test_a_job_that_needs_no_trials_waits_for_nobody() -> None:
     assert any(isinstance(step, m.MeasureModel) for step in out)
     machine.handle(m.ClaimTaken(0, m.Known()))  # too late to matter
     assert machine.tasks[0].state is TaskState.REUSED
+
+
+def test_a_search_process_that_ends_over_two_batches_has_ended_once() -> None:
+    machine = machine_for(THREE[:1], 64, batch=4)
+    out = machine.handle(m.Started({}))
+    first, second = [one.batch for one in out if isinstance(one, m.Generate)]
+    again = machine.handle(m.SessionLost(0, first, "killed"))
+    assert [type(one) for one in again] == [m.OpenSession, m.Generate]
+    more = machine.handle(m.SessionLost(0, second, "killed"))
+    assert [type(one) for one in more] == [m.Generate]  # of the session that was just opened
+    assert machine.tasks[0].session_losses == 1

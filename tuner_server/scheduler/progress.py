@@ -40,10 +40,16 @@ class Limits:
 
 @dataclass
 class Batch:
-    """Candidates that were asked for together; ``lease`` is the token that paid for them, if there are leases."""
+    """Candidates that were asked for together.
+
+    Attributes:
+        lease: Token of the lease that pays for them, if there are leases.
+        session: Which of the task's sessions they were asked of.
+    """
 
     asked: int
     lease: int = 0
+    session: int = 0
     waiting: set[str] = field(default_factory=set)
     results: list[m.KnownTrial] = field(default_factory=list)
     generated: bool = False
@@ -72,6 +78,7 @@ class TaskProgress:
     history_us: list[float] = field(default_factory=list)
     batches: dict[int, Batch] = field(default_factory=dict)
     session_open: bool = False
+    sessions: int = 0
     session_losses: int = 0
     exhausted: bool = False
     new_trials: int = 0

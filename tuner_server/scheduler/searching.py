@@ -18,8 +18,9 @@ def ask(task: TaskProgress, batch_id: int, count: int, out: m.Sink, lease: int =
     """Ask for a batch of candidates, from a session that is opened at need."""
     if not task.session_open:
         task.session_open = True
+        task.sessions += 1
         out.append(m.OpenSession(task.index, task.all_known()))
-    task.batches[batch_id] = Batch(count, lease)
+    task.batches[batch_id] = Batch(count, lease, task.sessions)
     task.new_trials += count
     out.append(m.Generate(task.index, batch_id, count))
 
@@ -57,10 +58,13 @@ def cannot_sample(task: TaskProgress, event: m.CannotSample, out: m.Sink) -> int
 def session_lost(task: TaskProgress, event: m.SessionLost, out: m.Sink) -> int:
     """The search's process ended; it is opened again a few times. Returns: trials that were asked for in vain."""
     lost = 0
-    task.session_open = False
-    task.session_losses += 1
-    if event.batch is not None and event.batch in task.batches and not task.batches[event.batch].generated:
-        lost = task.batches.pop(event.batch).asked
+    batch = task.batches.get(event.batch) if event.batch is not None else None
+    if task.session_open and (batch is None or batch.session == task.sessions):  # else it was noticed before
+        task.session_open = False
+        task.session_losses += 1
+    if batch is not None and event.batch is not None and not batch.generated:
+        lost = batch.asked
+        del task.batches[event.batch]
         task.new_trials -= lost
     if task.session_losses >= MAX_SESSION_LOSSES:
         task.exhausted = True
