@@ -348,6 +348,10 @@ def test_records_and_tokens_survive_sigkill_and_sigterm_and_a_drained_server_tak
 
     with server(data_dir) as third, shard(third.address, "job-1") as three:
         three.open(spec)
+        with grpc.insecure_channel(third.address) as channel:
+            jobs = tuning_pb2_grpc.TuningServiceStub(channel)
+            status = jobs.GetJob(tuning_pb2.GetJobRequest(job="job-1"), timeout=30).status
+        assert status.trials_measured >= len(fresh)  # by this instance, lives before included
         three.watch()
         three.grant("small", 6, 5000)
         three.wait(lambda: len(three.trials("small", 6)) >= 1)

@@ -95,6 +95,11 @@ class ShardRun:
         return self._elapsed_s + (time.monotonic() - since if since is not None else 0.0)
 
     @property
+    def trials_measured(self) -> int:
+        """Trials of this life, failed ones included."""
+        return sum(len(shard.own) for shard in self.machine.shards)
+
+    @property
     def needs_partitions(self) -> bool:
         """Whether anything is to be measured."""
         return self.machine.busy or self._model is not None

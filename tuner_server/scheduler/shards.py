@@ -10,11 +10,12 @@ import asyncio
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tuner_core.errors import ConflictError, NotFoundError, TunerError, UnavailableError, UsageError
-from tuner_core.model import JobState, target_digest
+from tuner_core.model import FailureKind, JobState, target_digest
 from tuner_core.proto.tuner.v1 import leases_pb2, tuning_pb2
 from tuner_core.store.interface import RecordStore
 from tuner_server.engine import Engine
@@ -313,6 +314,9 @@ class ShardSupervisor:
             job.facts, self._engine, self._store, self._committer, job.lease_s, tokens, job.elapsed_s, changed
         )
         run.machine.draining = self.draining
+        for progress, before in zip(run.machine.tasks, job.status.tasks, strict=True):
+            progress.measured = before.trials
+            progress.failures = Counter({FailureKind(kind): count for kind, count in before.failures.items()})
         job.ended.clear()
         job.run = run
         job.set_state(JobState.RUNNING, run.machine.phase)
@@ -324,7 +328,7 @@ class ShardSupervisor:
         await run.stop(reason, error)
         await asyncio.gather(*self._writes, return_exceptions=True)
         job.run, job.status, job.elapsed_s = None, run.status, run.elapsed_s
-        self.trials_measured += job.status.trials_measured
+        self.trials_measured += run.trials_measured
         job.set_state(state, text)
         await asyncio.shield(job.write(self._journal))
         job.ended.set()
