@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.integration.compiler_operators import LLVM, heaviest
 from tuner_core.compiler.tvm_setup import load_tvm
+from tuner_core.compiler.workload import module_from_body
 from tuner_server.measure.argument_cache import ArgumentCache
 from tuner_server.measure.arguments import plan_arguments
 from tuner_server.measure.correctness import compare
@@ -19,6 +21,7 @@ from tuner_server.measure.inputs import (
     draw_model_argument,
     fill_pattern,
     load_reference,
+    reference_terms,
     save_reference,
 )
 
@@ -87,11 +90,19 @@ def test_integers_that_index_nothing_have_no_limit_and_may_divide(tvm: Any) -> N
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_floats_are_uniform_between_a_tenth_and_one(dtype: str) -> None:
     args = (("TENSOR", dtype, (40, 50)),) * 2
-    (drawn,) = draw_inputs(args, (1,), {}, seed=5)
+    (drawn,) = draw_inputs(args, (1,), {}, seed=5, attempt=1)
     values = drawn.astype(np.float64)
     assert drawn.dtype.name == dtype
     assert values.min() >= 0.0999 and values.max() <= 1.0
     assert abs(values.mean() - 0.55) < 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_has_signs_at_first_but_not_in_vectors(dtype: str) -> None:
+    args = (("TENSOR", dtype, (40, 50)), ("TENSOR", dtype, (1, 50)), ("TENSOR", dtype, (40, 50)))
+    matrix, vector = (drawn.astype(np.float64) for drawn in draw_inputs(args, (2,), {}, seed=5))
+    assert abs(matrix.mean()) < 0.1 and np.abs(matrix).min() >= 0.5 and np.abs(matrix).max() <= 1.0
+    assert vector.min() >= 0.5  # a variance, perhaps
 
 
 def test_a_seed_repeats_and_another_attempt_differs() -> None:
@@ -166,6 +177,38 @@ def test_a_reordered_sum_is_right_and_a_missing_term_is_wrong() -> None:
     assert compare([reordered], [expected]).verdict == "ok"
     missing = a[:, :-2] @ b[:, :-2].T
     assert compare([missing], [expected]).verdict == "wrong_result"
+
+
+def half_sums(a: np.ndarray, b: np.ndarray, step: int) -> np.ndarray:
+    """Products of rows, kept in half precision; a tensor core adds 16 before it rounds."""
+    total = np.zeros(len(a), "float16")
+    for at in range(0, a.shape[1], step):
+        part = a[:, at : at + step].astype("float32") * b[:, at : at + step].astype("float32")
+        total = (total.astype("float32") + part.sum(1)).astype("float16")
+    return total
+
+
+@pytest.mark.parametrize("terms", [576, 4608])
+def test_long_sums_kept_in_half_precision_are_right_and_a_missing_tile_is_wrong(terms: int) -> None:
+    info = [("TENSOR", "float16", (4096, terms)), ("TENSOR", "float16", (4096, terms)), ("TENSOR", "float16", (4096,))]
+    a, b = draw_inputs(info, [2], {}, seed=1)
+    expected = (a.astype("float32") * b.astype("float32")).sum(1).astype("float16")
+    for step in (1, 16):
+        assert compare([half_sums(a, b, step)], [expected], terms=terms).verdict == "ok"
+    missing = half_sums(a[:, :-16], b[:, :-16], 16)
+    assert compare([missing], [expected], terms=terms).verdict == "wrong_result"
+
+
+def test_the_reference_of_a_half_precision_sum_is_exact_and_says_how_long_it_is(tmp_path: Path) -> None:
+    task = heaviest(lambda op, a, b: op.matmul(a, b), (4, 3000), (3000, 8), dtype="float16", target=LLVM)
+    info = task.workload.args_info
+    from tuner_server.build.reference import write_reference
+
+    write_reference(module_from_body(task.workload.body), info, 3, tmp_path / "r.npz")
+    (a, b), (written,) = load_reference(tmp_path / "r.npz", info)
+    assert written.dtype == np.float16
+    np.testing.assert_allclose(written, a.astype("float64") @ b.astype("float64"), rtol=2**-10)
+    assert reference_terms(tmp_path / "r.npz") == 3000
 
 
 def test_one_wrong_element_among_many_is_wrong() -> None:

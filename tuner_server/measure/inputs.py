@@ -1,7 +1,8 @@
 """Random arguments for operators and models, and the file in which reference inputs and outputs travel.
 
 Floats are uniform in [0.1, 1), so that divisors and square roots stay valid; integers stay within what the operator
-indexes with them.
+indexes with them. The half-precision inputs of an operator that is checked have signs: a sum of positive terms stops
+growing at some 2,000 of them when it is kept in half precision, and would tell right kernels from wrong ones no more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 
 ArgsInfo = Sequence[tuple[str, str, tuple[int, ...]]]
 Array = np.ndarray[Any, np.dtype[Any]]
+_HALVES = ("float16", "bfloat16")
+_TERMS = "terms"
 _PLAIN_INTEGERS = (1, 5)  # small, and valid as divisors
 
 
@@ -66,14 +69,24 @@ def draw_inputs(
         outputs: Positions that the operator writes, see :func:`tuner_server.measure.arguments.plan_arguments`.
         index_limits: From the same plan.
         seed: The same seed gives the same values.
-        attempt: Another draw for the same seed, when a reference came out with NaN or Inf.
+        attempt: Another draw for the same seed, when a reference came out with NaN or Inf; only the first has signs.
     """
     rng = np.random.default_rng([seed & 0xFFFFFFFF, attempt])
     return [
-        draw_array(rng, dtype, shape, index_limits.get(position))
+        _draw_signed(rng, dtype, shape)
+        if dtype in _HALVES and attempt == 0
+        else draw_array(rng, dtype, shape, index_limits.get(position))
         for position, (_kind, dtype, shape) in enumerate(args_info)
         if position not in outputs
     ]
+
+
+def _draw_signed(rng: np.random.Generator, dtype: str, shape: Sequence[int]) -> Array:
+    """Magnitudes in [0.5, 1), which as factors or divisors of channels keep these alike; vectors are positive."""
+    values = rng.uniform(0.5, 1.0, size=tuple(shape))
+    if sum(extent > 1 for extent in shape) > 1:
+        values *= rng.integers(0, 2, size=values.shape) * 2 - 1
+    return values.astype(numpy_dtype(dtype))
 
 
 def fill_pattern(dtype: str, shape: Sequence[int]) -> Array:
@@ -100,11 +113,25 @@ def draw_model_argument(rng: np.random.Generator, dtype: str, shape: Sequence[in
     return (rng.standard_normal(tuple(shape), np.float32) * math.sqrt(2.0 / fan_in)).astype(numpy_dtype(dtype))
 
 
-def save_reference(path: Path, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
-    """Write ``in0``.. and ``out0``..; types that numpy lacks are written as their bits."""
+def save_reference(path: Path, inputs: Sequence[Array], outputs: Sequence[Array], terms: int = 1) -> None:
+    """Write ``in0``.. and ``out0``..; types that numpy lacks are written as their bits.
+
+    Args:
+        path: The ``.npz`` file.
+        inputs: In order.
+        outputs: In order.
+        terms: How many values an element of an output sums up.
+    """
     arrays = {f"in{index}": array for index, array in enumerate(inputs)}
     arrays |= {f"out{index}": array for index, array in enumerate(outputs)}
+    arrays[_TERMS] = np.array(terms)
     np.savez(path, **{name: _bits(array) for name, array in arrays.items()})  # type: ignore[arg-type]
+
+
+def reference_terms(path: Path) -> int:
+    """How many values an element of a reference's outputs sums up, see :func:`save_reference`."""
+    with np.load(path, allow_pickle=False) as stored:
+        return int(stored[_TERMS]) if _TERMS in stored else 1
 
 
 def load_reference(path: Path, args_info: ArgsInfo) -> tuple[list[Array], list[Array]]:

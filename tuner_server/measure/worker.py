@@ -21,7 +21,7 @@ from tuner_core.model import FailureKind
 from tuner_server.gpu.faults import context_lost, headline
 from tuner_server.measure.argument_cache import ArgumentCache
 from tuner_server.measure.correctness import compare
-from tuner_server.measure.inputs import ArgsInfo, Array, draw_array, load_reference, numpy_dtype
+from tuner_server.measure.inputs import ArgsInfo, Array, draw_array, load_reference, numpy_dtype, reference_terms
 from tuner_server.measure.memory import says_out_of_memory
 from tuner_server.measure.models import measure_models
 from tuner_server.processes.child import WorkError, one_line, serve
@@ -161,6 +161,7 @@ class Worker:
         if args.get("reference"):
             try:
                 inputs, expected = load_reference(Path(args["reference"]), args_info)
+                terms = reference_terms(Path(args["reference"]))
             except (OSError, ValueError) as error:
                 raise WorkError("internal", f"the reference cannot be read: {error}") from None
         else:
@@ -168,7 +169,8 @@ class Worker:
             given = args_info[: len(args_info) - int(args.get("outputs", 1))]
             inputs = [draw_array(rng, dtype, shape, index_limit=1) for _kind, dtype, shape in given]
             expected = self._outputs(args["reference_artifact"], args_info, inputs)
-        result = compare(self._outputs(args["artifact"], args_info, inputs), expected)
+            terms = 1
+        result = compare(self._outputs(args["artifact"], args_info, inputs), expected, terms=terms)
         max_error = result.max_error if math.isfinite(result.max_error) else None
         return {"verdict": result.verdict, "max_error": max_error, "message": result.message}
 
