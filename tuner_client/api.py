@@ -577,7 +577,7 @@ def tune(
         seed: Of the search.
         tags: Stored with every record.
         layout: Of 2-D convolutions: ``NCHW`` (as the model has them), ``NHWC``, or ``auto``: NHWC for fp16 on GPUs with
-            tensor cores, which they cannot reach otherwise.
+            tensor cores.
         data_dir: The data directory; None: the user's.
         progress: Hears what happens.
 

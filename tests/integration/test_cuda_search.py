@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.integration.compiler_operators import conv, prepared
 from tests.unit.test_cuda_build import cubins, needs_nvrtc, sm_of
+from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.model import Workload
 from tuner_server.build.pool import BuildPool
 from tuner_server.gpu.target import DeviceFacts, cuda_target_json
@@ -20,8 +24,6 @@ H200 = cuda_target_json(DeviceFacts("NVIDIA H200", "sm_90", 132, 139 << 30, 1024
 
 def matmul(dtype: str) -> Workload:
     """A product of two 64 x 64 matrices."""
-    from tuner_core.compiler.tvm_setup import load_tvm
-
     load_tvm(intrinsics=True)
     import tvm
     from tvm import te
@@ -33,6 +35,129 @@ def matmul(dtype: str) -> Workload:
     c = te.compute((64, 64), lambda i, j: te.sum(a[i, k] * b[k, j], axis=k), name="C")
     function = te.create_prim_func([a, b, c]).with_attr("global_symbol", "main")
     return workload_from_module(tvm.IRModule({"main": function}))
+
+
+def fp16_convolution() -> Workload:
+    """3x3 in NHWC, with a ReLU; 196 rows of the product are no multiple of a tensor core's 16."""
+    model = prepared(
+        lambda op, x, w: conv(op, x, w, padding=(1, 1), data_layout="NHWC", kernel_layout="OHWI"),
+        (1, 14, 14, 64),
+        (64, 3, 3, 64),
+        dtype="float16",
+        target=H200,
+    )
+    (task,) = model.tasks
+    return task.workload
+
+
+@needs_nvrtc
+def test_searched_candidates_of_an_fp16_convolution_run_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm
+    from tvm.target import Target
+
+    from tuner_core.compiler import cuda_build
+    from tuner_core.compiler.trace import apply_trace
+    from tuner_core.compiler.workload import module_from_body
+    from tuner_server.search.messages import KnownTrial
+    from tuner_server.search.session import SearchSession
+
+    workload = fp16_convolution()
+    session = SearchSession(workload.body, H200, SearchSettings(), seed=0)
+    traces = session.generate(16)
+    session.report([KnownTrial(trace, 10.0 + number) for number, trace in enumerate(traces)])
+    traces += session.generate(8)  # by the cost model now
+    assert len(traces) == 24
+    assert all("wmma_sync_16x16x16" in json.dumps(json.loads(trace)[0]) for trace in traces)
+    tried = len(traces) + sum(session.rejections.values())
+    assert len(traces) / tried > 0.2, session.rejections  # most of what is tried in vain asks for too much memory
+
+    sources = []
+    compile_source = cuda_build.build_cubin
+
+    def keep_source(source: str, arch: str, cache: object = None) -> bytes:
+        sources.append(source)
+        return compile_source(source, arch)
+
+    monkeypatch.setattr(cuda_build, "build_cubin", keep_source)
+    cuda_build.enable_cuda_builds()
+    target = Target(json.loads(H200))
+    with target:
+        module = apply_trace(module_from_body(workload.body), min(traces, key=len)).mod
+        library = tvm.build(module, target=target)
+    (source,) = sources
+    assert "nvcuda::wmma::mma_sync" in source
+    assert "extern __shared__" in source
+    assert library is not None
+
+
+MODEL_BUILD = """
+import sys
+import numpy as np
+from tests.integration.compiler_operators import conv, prepared
+from tests.integration.test_cuda_search import H200
+from tuner_client.model.prepare import parse_target
+from tuner_core.compiler.apply import apply_schedules
+from tuner_core.compiler.executable import build_executable, export_executable
+model = prepared(lambda op, x, w: conv(op, x, w, padding=(1, 1)), (1, 16, 14, 14), (32, 16, 3, 3), dtype="float16",
+                 target=H200)
+assert model.layout == "NHWC"
+scheduled, _ = apply_schedules(model.module, parse_target(H200), {})
+export_executable(build_executable(scheduled, parse_target(H200)), sys.argv[1])
+"""
+LOAD = """
+import sys
+from tuner_core.compiler.cuda_libraries import load_tvm_cuda_runtime
+from tuner_core.compiler.tvm_setup import load_tvm
+load_tvm()
+import tvm, tvm_ffi
+load_tvm_cuda_runtime(allow_stub=True)
+def refuse(source):
+    print("COMPILED AT LOAD")
+    raise RuntimeError("a source was left to compile")
+tvm_ffi.register_global_func("tvm_callback_cuda_compile", refuse, override=True)
+module = tvm.runtime.load_module(sys.argv[1])
+kinds, todo = [], [module]
+while todo:
+    found = todo.pop()
+    kinds.append(str(found.kind))
+    todo += list(found.imports)
+print(kinds)
+from pathlib import Path
+assert "libnvrtc" not in Path("/proc/self/maps").read_text(), "NVRTC was loaded"
+"""
+
+
+@needs_nvrtc
+def test_a_model_built_for_a_gpu_holds_cubins_and_loads_without_a_compiler(tmp_path: Path) -> None:
+    built = tmp_path / "model.so"
+    for script in (MODEL_BUILD, LOAD):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(built)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "cuda" in done.stdout and "COMPILED" not in done.stdout
+    data = built.read_bytes()
+    images = list(cubins(data))
+    assert images and {sm_of(image) for image in images} == {90}
+    assert b"__global__" not in data
+
+
+def test_the_target_of_a_device_says_what_schedules_depend_on() -> None:
+    facts = DeviceFacts("NVIDIA H200", "sm_90", 132, 139 << 30, 1024, 49152, 65536, 60 << 20, 32)
+    load_tvm()
+    from tvm.target import Target
+
+    attributes = Target(json.loads(cuda_target_json(facts))).attrs
+    assert str(attributes["arch"]) == "sm_90"
+    assert int(attributes["max_shared_memory_per_block"]) == 49152
+    assert int(attributes["registers_per_block"]) == 65536
+    assert int(attributes["l2_cache_size_bytes"]) == 60 << 20
+    assert int(attributes["max_threads_per_block"]) == 1024
+    assert int(attributes["thread_warp_size"]) == 32
 
 
 @needs_nvrtc

@@ -1,4 +1,4 @@
-"""fp16 convolutions are prepared in the layout that reaches tensor cores; the model computes the same as before."""
+"""fp16 convolutions are prepared in the layout that suits tensor cores; the model computes the same as before."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ from tuner_core.errors import ModelError, UsageError
 CONV_OPS = ("conv2d", "depthwise_conv2d", "group_conv2d")
 
 
-def write_model(folder: Path, nodes: list[onnx.NodeProto], *, dtype: str = "float32") -> Path:
-    """A model with input x of 1x8x12x12 and output y, and weights w (16x8), w2 (16x16, both 3x3), s (16x1x1)."""
+def write_model(
+    folder: Path, nodes: list[onnx.NodeProto], *, dtype: str = "float32", channels: int = 8, size: int = 12
+) -> Path:
+    """A model with input x and output y, and weights w and w2 (3x3, twice the channels) and s (one per channel)."""
     rng = np.random.default_rng(0)
+    wide = 2 * channels
     weights = {
-        "w": rng.normal(0, 0.1, (16, 8, 3, 3)),
-        "w2": rng.normal(0, 0.1, (16, 16, 3, 3)),
-        "s": rng.uniform(0.5, 1.5, (16, 1, 1)),
+        "w": rng.normal(0, (9 * channels) ** -0.5, (wide, channels, 3, 3)),
+        "w2": rng.normal(0, (9 * wide) ** -0.5, (wide, wide, 3, 3)),
+        "s": rng.uniform(0.5, 1.5, (wide, 1, 1)),
     }
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes,
         "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 8, 12, 12))],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, channels, size, size))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value.astype("float32"), name) for name, value in weights.items() if name in used],
     )
@@ -50,7 +53,7 @@ def write_model(folder: Path, nodes: list[onnx.NodeProto], *, dtype: str = "floa
     return path
 
 
-def branchy(folder: Path, dtype: str = "float32") -> Path:
+def branchy(folder: Path, dtype: str = "float32", channels: int = 8, size: int = 12) -> Path:
     """What stops TVM's conversion when left as it is: a Sum, a Dropout, a constant of lower rank; and a Concat."""
     conv = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
     return write_model(
@@ -66,6 +69,8 @@ def branchy(folder: Path, dtype: str = "float32") -> Path:
             helper.make_node("AveragePool", ["g"], ["y"], kernel_shape=[2, 2], strides=[2, 2]),
         ],
         dtype=dtype,
+        channels=channels,
+        size=size,
     )
 
 
@@ -156,7 +161,7 @@ def test_what_tvm_cannot_convert_keeps_its_layout_and_says_so(tmp_path: Path, ca
     )
     with caplog.at_level(logging.WARNING):
         assert prepare(load_model(path).module, H200).layout == "NCHW"
-    assert "miss the tensor cores" in caplog.text
+    assert "keeps its layout" in caplog.text
     with pytest.raises(ModelError, match=r"cannot convert this model to NHWC.*--layout NCHW"):
         prepare(load_model(path).module, H200, "NHWC")
 

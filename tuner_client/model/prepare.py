@@ -144,7 +144,7 @@ def _converted(module: IRModule, *, required: bool) -> tuple[IRModule, str]:
         reason = one_line(error)
         if required:
             raise ModelError(f"TVM cannot convert this model to NHWC: {reason}; try --layout {NCHW}") from error
-        log.warning("the model keeps its layout, and its convolutions miss the tensor cores: %s", reason)
+        log.warning("the model keeps its layout, in which tensor cores are fed less well: %s", reason)
         return module, NCHW
 
 
