@@ -16,7 +16,11 @@ int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)139 << 30;
 int cuMemFree_v2(void *address) { return SUCCESS; }
 int cuGetErrorName(int status, const char **name) { *name = "CUDA_ERROR_STANDIN"; return SUCCESS; }
 
+static void *current;
+int cuCtxSetCurrent(void *context) { current = context; return SUCCESS; }
+
 int cuMemAlloc_v2(void **address, size_t bytes) {
+    if (!current) return 201; /* CUDA_ERROR_INVALID_CONTEXT: a retained context is not a current one */
   const char *setting = getenv("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT");
   size_t limit = (size_t)139 << 30, mebibytes;
   if (setting && !getenv("STANDIN_IGNORES_MEMORY_LIMIT") && sscanf(setting, "0=%zuM", &mebibytes) == 1)

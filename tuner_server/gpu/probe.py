@@ -71,6 +71,7 @@ def read_device() -> dict[str, Any]:
         memory = ctypes.c_size_t()
         call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
         if limit := memory_limit_bytes(os.environ.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "")):
+            call("cuCtxSetCurrent", context)
             _try_limit(cuda, limit)
         return {**facts, "name": name.value.decode(), "memory_bytes": memory.value}
     finally:

@@ -121,7 +121,8 @@ class Repairs:
                 stopped_s = time.monotonic() - began
             while True:
                 try:
-                    await self._arrive(slot, await forking)
+                    prompt = delay_s == _FIRST_RETRY_S and self._provider.faults_spread
+                    await self._arrive(slot, await forking, prompt=prompt)
                     break
                 except Exception as error:  # whatever it is, the capacity has to come back
                     slot.state = "lost"
@@ -159,7 +160,7 @@ class Repairs:
         finally:
             self._left(child)
 
-    async def _arrive(self, slot: WorkerSlot, child: Child) -> None:
+    async def _arrive(self, slot: WorkerSlot, child: Child, *, prompt: bool = False) -> None:
         """Let a forked process become the worker of its place."""
         try:
             while self._leaving:
@@ -171,5 +172,5 @@ class Repairs:
         except BaseException:
             child.kill()
             raise
-        await slot.occupy(child, self._provider)
+        await slot.occupy(child, self._provider, prompt=prompt)
         self._outcomes.filled(slot)

@@ -9,6 +9,7 @@ from tuner_server.partitions.interface import Partition, PartitionProvider
 from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
 
 _HELLO_TIMEOUT_S = 60.0  # creating a CUDA context takes seconds on a busy host
+_PROMPT_S = 2.0
 
 
 class WorkerSlot:
@@ -80,8 +81,15 @@ class WorkerSlot:
         except ChildDied as error:
             raise TunerError(f"the worker {self.name} did not start: {error}") from None
 
-    async def occupy(self, child: Child, provider: PartitionProvider) -> None:
+    async def occupy(self, child: Child, provider: PartitionProvider, *, prompt: bool = False) -> None:
         """Let a forked process go to the device, and take it as this place's worker if its share was granted.
+
+        Args:
+            child: The process.
+            provider: Of the device.
+            prompt: Give it two seconds, not a minute. A device that takes new workers in does so in half a second, four
+                at once; one that is busy with a fault keeps them waiting for 5 s and refuses them then
+                (cudaErrorDevicesUnavailable): trying again is faster.
 
         Raises:
             TunerError: It does not get there, or sees another number of SMs than its share has. It is stopped then.
@@ -90,7 +98,7 @@ class WorkerSlot:
         self.state = "starting"
         self.arriving = child
         try:
-            seen = await child.request("hello", {}, timeout_s=_HELLO_TIMEOUT_S, kill=False)
+            seen = await child.request("hello", {}, timeout_s=_PROMPT_S if prompt else _HELLO_TIMEOUT_S, kill=False)
             if seen["sm_count"] != partition.expected_sm_count:
                 unit = "cores" if partition.kind is PartitionKind.CPU else "SMs"
                 raise TunerError(
@@ -98,7 +106,10 @@ class WorkerSlot:
                     f"{partition.expected_sm_count} of its share of {partition.sm_percent} %: it is not used"
                 )
         except BaseException as error:
-            await provider.stop_worker(child)
+            if prompt and isinstance(error, ChildTimeout):
+                child.kill()  # nothing of it is on the device yet
+            else:
+                await provider.stop_worker(child)
             if isinstance(error, ChildDied | ChildError | ChildTimeout):
                 raise TunerError(f"the worker {self.name} did not start: {error}") from None
             raise
