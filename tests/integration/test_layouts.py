@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.integration.client_process import client
 from tests.integration.compiler_operators import LLVM
 from tests.integration.test_applied_schedules import outputs
 from tests.integration.test_cuda_search import H200
@@ -22,6 +24,8 @@ from tuner_core.compiler.fallback import fallback_schedule
 from tuner_core.compiler.trace import trace_to_json
 from tuner_core.compiler.workload import module_from_body
 from tuner_core.errors import ModelError, UsageError
+from tuner_core.store.interface import RecordFilter
+from tuner_core.store.open import open_store
 
 CONV_OPS = ("conv2d", "depthwise_conv2d", "group_conv2d")
 
@@ -164,6 +168,28 @@ def test_what_tvm_cannot_convert_keeps_its_layout_and_says_so(tmp_path: Path, ca
     assert "keeps its layout" in caplog.text
     with pytest.raises(ModelError, match=r"cannot convert this model to NHWC.*--layout NCHW"):
         prepare(load_model(path).module, H200, "NHWC")
+
+
+def test_a_job_keeps_its_layout_for_records_and_later_builds(tmp_path: Path) -> None:
+    model, watched = branchy(tmp_path), tmp_path / "watched.so"
+    tuned = client("tune", str(model), "--layout", "NHWC", "--trials", "2", "--json", data_dir=tmp_path, timeout_s=180)
+    assert tuned.returncode == 0, tuned.stderr
+    job = json.loads(tuned.stdout)
+    assert job["layout"] == "NHWC"
+    store = open_store(f"sqlite:///{tmp_path / 'records.sqlite'}")
+    try:
+        records = store.query(RecordFilter(job=job["job"], include_failed=True), limit=100).records
+    finally:
+        store.close()
+    assert records and {record.layout for record in records} == {"NHWC"}
+    built = client(
+        *("watch", job["job"], "--output", str(watched), "--model", str(model), "--json"),
+        data_dir=tmp_path,
+        timeout_s=180,
+    )
+    assert built.returncode == 0, built.stderr
+    coverage = json.loads(built.stdout)["coverage"]
+    assert watched.exists() and coverage["operators"] == len(job["tasks"])  # NCHW has fewer
 
 
 def test_a_layout_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -78,4 +78,5 @@ def build_command(
     for line in report.looser.values():
         session.show(f"  looser: {line}")
     if report.missing:
-        session.show(f"tune them with: tuner-client tune {model} --sm-percent {sm_percent}")
+        asked = f" --layout {layout}" if layout != "auto" else ""
+        session.show(f"tune them with: tuner-client tune {model} --sm-percent {sm_percent}{asked}")
