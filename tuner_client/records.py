@@ -13,7 +13,13 @@ from tuner_client.selection import Place, Selection
 from tuner_core.compiler.target import expanded_target
 from tuner_core.compiler.trace import apply_trace
 from tuner_core.compiler.tvm_setup import load_tvm
-from tuner_core.compiler.workload import digest_of, module_from_body, normalise, workload_from_module
+from tuner_core.compiler.workload import (
+    canonical_module,
+    digest_of,
+    module_from_body,
+    normalise,
+    workload_from_module,
+)
 from tuner_core.errors import (
     AuthenticationError,
     ConflictError,
@@ -141,7 +147,7 @@ class RecordDatabase(ms.database.PyDatabase):
         if expanded_target(target) != self._selection.expanded_target:
             return None
         records = self._selection.best(digest_of(mod), _CANDIDATES)
-        return next((found for _, found in self._replayed(normalise(mod), records)), None)
+        return next((found for _, found in self._replayed(canonical_module(mod), records)), None)
 
     def query_schedule(self, mod: Any, target: Any, workload_name: str | None = None) -> Any:
         """The schedule of :meth:`query_tuning_record`, or None."""
@@ -158,7 +164,7 @@ class RecordDatabase(ms.database.PyDatabase):
         if top_k < 1:
             return []
         records = self._selection.best(digest_of(workload.mod), top_k)
-        return [found for _, found in self._replayed(workload.mod, records)]
+        return [found for _, found in self._replayed(canonical_module(workload.mod), records)]
 
     def get_all_tuning_records(self) -> list[Any]:
         """All valid records of this device, SM count and target. Each trace is replayed, some milliseconds each."""

@@ -68,8 +68,11 @@ class Offer:
         return sum(len(device.provider.plan(self.sm_percent)) for device in self.devices)
 
 
-_BATCH = {"cpu": 8, "cuda": 16}
-"""Candidates of a task that are proposed together; two batches are in flight, and learn nothing from each other."""
+_BATCH = 8
+"""Candidates of a task that are proposed together, where many tasks are searched; see :meth:`Limits.for_tasks`."""
+_IN_FLIGHT_PER_CORE = 6
+"""Candidates in flight for each core that searches and builds: a candidate takes about a core-second, and six seconds
+from the search's first thought of it to its measurement. More only means proposing without having learned."""
 
 
 class Engine:
@@ -127,7 +130,7 @@ class Engine:
 
     def batch(self, offer: Offer) -> int:
         """Candidates in one batch of a search."""
-        return self._config.batch or _BATCH[offer.device.kind]
+        return self._config.batch or _BATCH
 
     def workers(self) -> list[WorkerSnapshot]:
         """The workers of all devices as they are now."""
@@ -335,7 +338,7 @@ class Engine:
             tvm_version=self.tvm_version,
             evaluator=self.evaluator,
             run_timeout_s=self.run_timeout_s,
-            limits=Limits(batch=self.batch(offer), batches_at_once=2 * (self._pools.search_processes + 1)),
+            limits=Limits.for_cores(self.batch(offer), _IN_FLIGHT_PER_CORE * self._pools.cores),
             gathering=self._gathering,
         )
 

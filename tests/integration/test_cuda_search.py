@@ -6,14 +6,18 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.contract.record_values import make_record
 from tests.integration.compiler_operators import conv, prepared
 from tests.unit.test_cuda_build import cubins, needs_nvrtc, sm_of
 from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.model import Workload
+from tuner_core.store.open import open_store
 from tuner_server.build.pool import BuildPool
 from tuner_server.gpu.target import DeviceFacts, cuda_target_json
 from tuner_server.processes.spawner import Spawner
@@ -37,16 +41,20 @@ def matmul(dtype: str) -> Workload:
     return workload_from_module(tvm.IRModule({"main": function}))
 
 
-def fp16_convolution() -> Workload:
-    """3x3 in NHWC, with a ReLU; 196 rows of the product are no multiple of a tensor core's 16."""
-    model = prepared(
+def fp16_model() -> Any:
+    """One convolution, 3x3 in NHWC; 196 rows of the product are no multiple of a tensor core's 16."""
+    return prepared(
         lambda op, x, w: conv(op, x, w, padding=(1, 1), data_layout="NHWC", kernel_layout="OHWI"),
         (1, 14, 14, 64),
         (64, 3, 3, 64),
         dtype="float16",
         target=H200,
     )
-    (task,) = model.tasks
+
+
+def fp16_convolution() -> Workload:
+    """The workload of :func:`fp16_model`."""
+    (task,) = fp16_model().tasks
     return task.workload
 
 
@@ -88,6 +96,35 @@ def test_searched_candidates_of_an_fp16_convolution_run_on_tensor_cores(monkeypa
     assert "nvcuda::wmma::mma_sync" in source
     assert "extern __shared__" in source
     assert library is not None
+
+
+def test_a_tensor_core_schedule_applies_to_the_models_own_module() -> None:
+    """It names blocks after buffers, which the model's module calls otherwise than the workload that was measured."""
+    import tvm
+    from tvm import relax
+    from tvm.target import Target
+
+    from tuner_client.records import RecordDatabase
+    from tuner_core.compiler.apply import apply_schedules
+    from tuner_server.search.messages import SearchSettings
+    from tuner_server.search.session import SearchSession
+
+    model = fp16_model()
+    (task,) = model.tasks
+    (trace,) = SearchSession(task.workload.body, H200, SearchSettings(), seed=0).generate(1)
+    target = Target(json.loads(H200))
+    scheduled, coverage = apply_schedules(model.module, target, {task.workload.digest: trace})
+    assert coverage.invalid == {}
+    assert len(coverage.tuned) == 1
+    assert "wmma" in scheduled.script()
+
+    store = open_store("sqlite:///" + str(Path(tempfile.mkdtemp()) / "records.sqlite"))
+    record = make_record(task.workload, trace=trace, target_json=H200, sm_count=32, median_us=5.0)
+    store.commit([record], [task.workload])
+    database = RecordDatabase(store, device_model=record.device_model, sm_count=32, target=H200)
+    with target, database, tvm.transform.PassContext(opt_level=3):
+        applied = relax.transform.MetaScheduleApplyDatabase()(model.module)
+    assert "wmma" in applied.script()  # TVM's own pass takes it, too
 
 
 MODEL_BUILD = """

@@ -389,3 +389,14 @@ def test_a_search_process_that_ends_over_two_batches_has_ended_once() -> None:
     more = machine.handle(m.SessionLost(0, second, "killed"))
     assert [type(one) for one in more] == [m.Generate]  # of the session that was just opened
     assert machine.tasks[0].session_losses == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "tasks", "batch", "at_once"),
+    [(2, 3, 8, 4), (2, 1, 16, 4), (16, 1, 32, 4), (16, 3, 16, 6), (16, 25, 8, 12), (32, 25, 8, 24)],
+)
+def test_as_many_candidates_are_in_flight_as_the_cores_can_work_on(
+    cores: int, tasks: int, batch: int, at_once: int
+) -> None:
+    limits = Limits.for_cores(8, 6 * cores).for_tasks(tasks)
+    assert (limits.batch, limits.batches_at_once) == (batch, at_once)

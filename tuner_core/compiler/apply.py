@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tuner_core.compiler.fallback import fallback_schedule, is_gpu
 from tuner_core.compiler.trace import apply_trace, is_empty
 from tuner_core.compiler.tvm_setup import load_tvm
-from tuner_core.compiler.workload import digest_of, normalise
+from tuner_core.compiler.workload import canonical_module, digest_of, normalise
 from tuner_core.errors import InvalidRecordError, TunerError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _schedule_group(group: _Group, target: Target, traces: Mapping[str, str]) ->
         if trace is None or is_empty(trace):
             continue
         try:
-            scheduled = apply_trace(module, trace).mod["main"]
+            scheduled = apply_trace(canonical_module(module), trace).mod["main"]
         except InvalidRecordError as error:
             problem = str(error)
             continue

@@ -89,6 +89,15 @@ def digest_of(function: IRModule | PrimFunc) -> str:
     return sha256_hex(canonical_body(normalise(function)))
 
 
+def canonical_module(function: IRModule | PrimFunc) -> IRModule:
+    """What a trace is replayed on: the module as every server had it.
+
+    Schedules for tensor cores name new blocks after buffers, and find them by these names later; a model's own module
+    has other names for its buffers than the workload that was measured.
+    """
+    return module_from_body(canonical_body(normalise(function)))
+
+
 def module_from_body(body: str) -> IRModule:
     """The module of a workload's canonical JSON.
 

@@ -31,6 +31,7 @@ class WorkPools:
         self._build: BuildPool | None = None
         self._pause = timeline.Span("pause", "search and build", "paused")
         self.search_processes = 0
+        self.cores = 1
 
     @property
     def search(self) -> SearchPool:
@@ -54,6 +55,7 @@ class WorkPools:
             return
         await self.stop()
         config, cores = self._config, len(spare) or len(os.sched_getaffinity(0))
+        self.cores = cores
         self.search_processes = config.search_processes or _share_of(cores, 0.4)
         build_processes = config.build_processes or max(1, cores if not spare else _share_of(cores, 0.8))
         self._search = SearchPool(self._spawner, self.search_processes, SearchSettings(), affinity=spare)

@@ -53,7 +53,9 @@ class JobRun:
         self._ended_at: float | None = None
         self._base = queued_status(facts)
         plans = [TaskPlan(task.name, task.weight, task.tunable) for task in facts.spec.tasks]
-        self._machine = JobMachine(plans, facts.spec.trials, engine.limits)
+        self._machine = JobMachine(
+            plans, facts.spec.trials, engine.limits.for_tasks(sum(plan.tunable for plan in plans))
+        )
         self._events: asyncio.Queue[m.Event | BaseException] = asyncio.Queue()
         own = {task.workload.digest for task in facts.spec.tasks}
         transfer = None if facts.spec.refresh else Transfer(store, own)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tuner_core.model import FailureKind, TaskState
 from tuner_server.scheduler import messages as m
 
 HOPELESS_FACTOR = 1.5
 """A candidate whose first sample is slower than this many times the best gets no more samples."""
+_LARGEST = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,23 @@ class Limits:
     batches_per_task: int = 2
     batches_at_once: int = 4
     top_k: int = 8
+
+    @staticmethod
+    def for_cores(batch: int, in_flight: int) -> Limits:
+        """Limits that keep about so many candidates in flight, in batches of that size, and at least four batches."""
+        return Limits(batch=batch, batches_at_once=max(4, math.ceil(in_flight / batch)))
+
+    def for_tasks(self, tasks: int) -> Limits:
+        """The same number of candidates in flight for a job with few tasks: each must give more of them.
+
+        Args:
+            tasks: How many are searched.
+        """
+        in_flight = self.batch * self.batches_at_once
+        each = math.ceil(in_flight / (self.batches_per_task * max(1, tasks)))
+        batch = min(max(self.batch, each), _LARGEST * self.batch)
+        at_once = max(2 * self.batches_per_task, math.ceil(in_flight / batch))
+        return replace(self, batch=batch, batches_at_once=at_once)
 
 
 @dataclass
