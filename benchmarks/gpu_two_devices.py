@@ -219,6 +219,20 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def halves_of(cores: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Two halves that share no physical core: hyper-threads of one core stay together.
+
+    Half of the processors of a host may otherwise be all of its cores, and the other half worth little beside them.
+    """
+    siblings: dict[str, list[int]] = defaultdict(list)
+    for core in cores:
+        listed = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        siblings[listed.read_text().strip() if listed.exists() else str(core)].append(core)
+    physical = list(siblings.values())
+    middle = len(physical) // 2
+    return sorted(sum(physical[:middle], [])), sorted(sum(physical[middle:], []))
+
+
 def main() -> None:
     """Run the sides, write ``gpu-two-devices.json``, end with the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,7 +257,7 @@ def main() -> None:
     if first.startswith("cpu"):  # a device of its own cores: the server needs all of them
         halves = (cores, cores)
     else:
-        halves = (cores[: len(cores) // 2], cores[len(cores) // 2 :])
+        halves = halves_of(cores)
     sides = {
         "one": [([first], halves[0])],
         "two": [([first, second], cores)],
