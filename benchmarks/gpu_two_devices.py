@@ -220,17 +220,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def halves_of(cores: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Two halves that share no physical core: hyper-threads of one core stay together.
-
-    Half of the processors of a host may otherwise be all of its cores, and the other half worth little beside them.
-    """
+    """Two halves that share no physical core, where the host says which processors are hyper-threads of one."""
     siblings: dict[str, list[int]] = defaultdict(list)
     for core in cores:
         listed = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
         siblings[listed.read_text().strip() if listed.exists() else str(core)].append(core)
     physical = list(siblings.values())
     middle = len(physical) // 2
-    return sorted(sum(physical[:middle], [])), sorted(sum(physical[middle:], []))
+    first, second = physical[:middle], physical[middle:]
+    return sorted(core for group in first for core in group), sorted(core for group in second for core in group)
 
 
 def main() -> None:

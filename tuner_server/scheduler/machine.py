@@ -191,8 +191,8 @@ class JobMachine:
         for task in left_out:
             task.error = "the trial budget is too small for this operator"
         if left_out:
-            count = len(left_out)
-            out.append(m.Say(f"{self.unassigned} trials are too few: {count} operators keep the fallback schedule"))
+            keep = "1 operator keeps" if len(left_out) == 1 else f"{len(left_out)} operators keep"
+            out.append(m.Say(f"{self.unassigned} trials are too few: {keep} the fallback schedule"))
         return True
 
     # Search

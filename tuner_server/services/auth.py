@@ -109,7 +109,7 @@ class Authenticator(grpc.aio.ServerInterceptor):
 
 
 def _refusal(handler: Handler | None) -> Handler:
-    message = "this server wants a token: --token or TUNER_TOKEN"
+    message = "this server wants a token: --token-file or TUNER_TOKEN"
 
     async def refuse(_request: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
