@@ -10,6 +10,8 @@ PIP    := PYTHONWARNINGS=ignore $(PY) -m pip --disable-pip-version-check -q
 
 # What the targets take: make test PYTEST_ARGS='-k store'; make demo DEMO_ARGS='--trials 64'; make bench-cpu BENCH_ARGS='--trials 128'
 PYTEST_ARGS ?=
+# Tests wait for servers a good part of their time: two processes of them share two cores. The tests of a file stay together.
+TEST_PROCESSES ?= 2
 DEMO_ARGS   ?=
 DEMO_MODEL  ?= shufflenet
 DEMO_TRIALS ?= 800
@@ -44,7 +46,7 @@ demo: $(STAMP) ## tune a small real model on this machine's CPU, start to finish
 	TVM_NUM_THREADS=$$(nproc) $(PY) examples/run_built.py build/demo/$(DEMO_MODEL).so
 
 test: $(STAMP) ## all tests that this machine can run
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and mypy strict
 	$(PY) -m ruff check .

@@ -218,7 +218,8 @@ def test_a_reference_holds_inputs_and_right_outputs(runner: asyncio.Runner, pool
     first, again, other = (runner.run(pool.reference(matmul(), seed=seed)) for seed in (3, 3, 4))
     assert first is not None and again is not None and other is not None
     with np.load(first) as arrays, np.load(again) as same, np.load(other) as different:
-        assert set(arrays) == {"in0", "in1", "out0"}
+        assert set(arrays) == {"in0", "in1", "out0", "terms"}
+        assert int(arrays["terms"]) == 64  # products that an output adds up, by which its tolerance goes
         np.testing.assert_allclose(arrays["out0"], arrays["in0"] @ arrays["in1"] + 1, rtol=1e-4)
         assert arrays["in0"].min() >= 0.1
         np.testing.assert_array_equal(arrays["in0"], same["in0"])
