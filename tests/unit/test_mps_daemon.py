@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,13 @@ from tuner_server.gpu.mps_processes import find_mps_processes
 STANDIN = Path(__file__).parents[1] / "gpu_standin"
 CONTROL = STANDIN / "nvidia-cuda-mps-control"
 CLIENT = [sys.executable, str(STANDIN / "mps_client.py"), "work"]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Short, since pipes are sockets: where a path is too long for one, the daemon takes another place for them."""
+    with tempfile.TemporaryDirectory(prefix="mps-") as short:
+        yield Path(short)
 
 
 @pytest.fixture

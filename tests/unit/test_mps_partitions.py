@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -29,6 +30,13 @@ from tuner_server.processes.spawner import Spawner
 
 STANDIN = Path(__file__).parents[1] / "gpu_standin"
 PROBE = (sys.executable, str(STANDIN / "mps_client.py"), "probe")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Short, since pipes are sockets: where a path is too long for one, the daemon takes another place for them."""
+    with tempfile.TemporaryDirectory(prefix="mps-") as short:
+        yield Path(short)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import redis
 
@@ -56,12 +56,13 @@ class RecordWriter:
         by_workload: dict[str, list[tuple[Record, str]]] = {digest: [] for digest in workloads}
         for record, trace_digest in records:
             by_workload.setdefault(record.workload_digest, []).append((record, trace_digest))
-        self._describe(by_workload, workloads)
+        described = self._describe(by_workload, workloads)
         stored = 0
         for digest, of_workload in by_workload.items():
             workload = workloads.get(digest)
             for at in range(0, max(1, len(of_workload)), _RECORDS_PER_SCRIPT):
-                stored += self._commit(digest, workload, of_workload[at : at + _RECORDS_PER_SCRIPT])
+                part = of_workload[at : at + _RECORDS_PER_SCRIPT]
+                stored += self._commit(digest, workload, part, described[digest])
         for digest in by_workload:
             self._connection.barrier(self._connection.keys.of(digest).meta)
         return stored
@@ -107,27 +108,39 @@ class RecordWriter:
 
     def repair(self, digest: str) -> None:
         """Finish what a writer that died has left of a workload."""
-        _, first, outbox, pending = self._connection.script("commit", *self._call(digest, None, []))
+        _, first, outbox, pending = self._connection.script("commit", *self._call(digest, None, [], ("", "")))
         self._finish(digest, int(first), outbox, pending, "")
 
-    def _describe(self, digests: Iterable[str], workloads: Mapping[str, Workload]) -> None:
-        """Learn operator and description of every workload; refuse those that are nowhere."""
+    def _describe(self, digests: Collection[str], workloads: Mapping[str, Workload]) -> dict[str, tuple[str, str]]:
+        """Operator and description of every workload; refuses those that are nowhere.
+
+        What this process knows may be forgotten by another commit at any time, when it turns out never to have been
+        stored: the caller goes by what is returned.
+        """
         with self._lock:
             for digest, workload in workloads.items():
-                if digest not in self._described:
-                    self._described[digest] = (workload.op, workload.description)
-            unknown = [digest for digest in digests if digest not in self._described]
+                self._described.setdefault(digest, (workload.op, workload.description))
+            described = {digest: self._described[digest] for digest in digests if digest in self._described}
             while len(self._described) > _KNOWN_WORKLOADS + len(workloads):
                 self._described.popitem(last=False)
+        unknown = [digest for digest in digests if digest not in described]
         keys = [self._connection.keys.of(digest).workload for digest in unknown]
         found = self._connection.together([("HMGET", key, "op", "description") for key in keys])
         for digest, (op, description) in zip(unknown, found, strict=True):
             if op is None:
                 raise _unknown(digest)
+            described[digest] = (op.decode(), description.decode())
             with self._lock:
-                self._described[digest] = (op.decode(), description.decode())
+                self._described[digest] = described[digest]
+        return described
 
-    def _commit(self, digest: str, workload: Workload | None, records: Sequence[tuple[Record, str]]) -> int:
+    def _commit(
+        self,
+        digest: str,
+        workload: Workload | None,
+        records: Sequence[tuple[Record, str]],
+        described: tuple[str, str],
+    ) -> int:
         keys = self._connection.keys
         raw = bytes.fromhex(digest)
         intent = raw + secrets.token_bytes(8)
@@ -136,7 +149,7 @@ class RecordWriter:
             trial = bytes.fromhex(record.trial_id)
             located.append(("HSET", keys.locator(trial), trial[2:], raw))
         self._connection.together(located)
-        call = self._call(digest, workload, records)
+        call = self._call(digest, workload, records, described)
         try:
             stored, first, outbox, pending = self._connection.script("commit", *call)
         except Exception as error:
@@ -149,7 +162,11 @@ class RecordWriter:
         return int(stored)
 
     def _call(
-        self, digest: str, workload: Workload | None, records: Sequence[tuple[Record, str]]
+        self,
+        digest: str,
+        workload: Workload | None,
+        records: Sequence[tuple[Record, str]],
+        described: tuple[str, str],
     ) -> tuple[list[str], list[bytes | str | int]]:
         keys = self._connection.keys.of(digest)
         groups: dict[bytes, int] = {}
@@ -157,7 +174,7 @@ class RecordWriter:
         lookups: dict[bytes, int] = {}
         packed: list[bytes | str | int] = []
         for record, trace_digest in records:
-            op, description = self._described[digest]
+            op, description = described
             if not (record.op and record.description):
                 record = dataclasses.replace(record, op=record.op or op, description=record.description or description)
             name, facts = self._catalogue.facts_of(record)
