@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from tuner_core.datadir import read_holder
+from tuner_core.datadir import lock_is_held, read_holder
 from tuner_core.errors import TunerError
 
 START_TIMEOUT_S = 60.0
@@ -201,20 +200,9 @@ def connect_or_start(data_dir: Path, arguments: Sequence[str] = ()) -> tuple[str
     except TunerError:
         # Someone else's server may have taken the directory meanwhile: it announces itself when it is up.
         deadline = time.monotonic() + _HOLDER_STARTING_S
-        while _is_held(data_dir) and time.monotonic() < deadline:
+        while lock_is_held(data_dir / "server.lock") and time.monotonic() < deadline:
             if holder := read_holder(data_dir):
                 return holder.address, None
             time.sleep(0.1)
         raise
     return server.address, server
-
-
-def _is_held(data_dir: Path) -> bool:
-    try:
-        with (data_dir / "server.lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -22,6 +22,18 @@ def default_data_dir() -> Path:
     return Path(base) / "tuner"
 
 
+def lock_is_held(path: Path) -> bool:
+    """Whether a process holds the lock of a file at this moment; False where there is no such file."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @dataclass(frozen=True)
 class Holder:
     """The server that holds a data directory."""

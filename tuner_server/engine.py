@@ -128,7 +128,8 @@ class Engine:
         """Share of a job that does not ask for one."""
         return self.devices[0].configured[0]
 
-    def batch(self, offer: Offer) -> int:
+    @property
+    def batch(self) -> int:
         """Candidates in one batch of a search."""
         return self._config.batch or _BATCH
 
@@ -338,7 +339,7 @@ class Engine:
             tvm_version=self.tvm_version,
             evaluator=self.evaluator,
             run_timeout_s=self.run_timeout_s,
-            limits=Limits.for_cores(self.batch(offer), _IN_FLIGHT_PER_CORE * self._pools.cores),
+            limits=Limits.for_cores(self.batch, _IN_FLIGHT_PER_CORE * self._pools.cores),
             gathering=self._gathering,
         )
 

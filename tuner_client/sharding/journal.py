@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner_client.job import InstanceReport, JobReport, TaskReport
+from tuner_core.datadir import lock_is_held
 from tuner_core.errors import ConflictError, NotFoundError, StoreError
 from tuner_core.model import JobState, TaskState
 from tuner_core.proto.tuner.v1 import tuning_pb2
@@ -140,7 +141,7 @@ def sharded_job(data_dir: Path, job: str) -> JobReport:
     report = _report(read_state(folder).get("report"))
     if report is None:
         raise NotFoundError(f"there is no job {job} here; see: tuner-client jobs")
-    if not report.ended and not _held(folder):
+    if not report.ended and not lock_is_held(folder / "lock"):
         return replace(report, status=JobState.STOPPED.value, phase="stopped")
     return report
 
@@ -170,17 +171,6 @@ def cancel_sharded(data_dir: Path, job: str, timeout_s: float = 20.0) -> JobRepo
         time.sleep(0.2)
         report = sharded_job(data_dir, job)
     return report
-
-
-def _held(folder: Path) -> bool:
-    try:
-        with (folder / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _report(values: dict[str, Any] | None) -> JobReport | None:

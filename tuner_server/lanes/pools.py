@@ -30,7 +30,6 @@ class WorkPools:
         self._search: SearchPool | None = None
         self._build: BuildPool | None = None
         self._pause = timeline.Span("pause", "search and build", "paused")
-        self.search_processes = 0
         self.cores = 1
 
     @property
@@ -56,9 +55,9 @@ class WorkPools:
         await self.stop()
         config, cores = self._config, len(spare) or len(os.sched_getaffinity(0))
         self.cores = cores
-        self.search_processes = config.search_processes or _share_of(cores, 0.4)
+        search_processes = config.search_processes or _share_of(cores, 0.4)
         build_processes = config.build_processes or max(1, cores if not spare else _share_of(cores, 0.8))
-        self._search = SearchPool(self._spawner, self.search_processes, SearchSettings(), affinity=spare)
+        self._search = SearchPool(self._spawner, search_processes, SearchSettings(), affinity=spare)
         self._build = BuildPool(
             self._spawner,
             build_processes,

@@ -150,7 +150,7 @@ class ShardSupervisor:
             run = job.run if isinstance(job.run, ShardRun) else self._begin(job)
             run.machine.lease_s = lease_s
             offer = await self._engine.offer(job.facts.spec.sm_percent, job.facts.spec.target_json)
-            return Opened(run.events.incarnation, offer.workers, self._engine.batch(offer))
+            return Opened(run.events.incarnation, offer.workers, self._engine.batch)
 
     async def _take_in(self, job_id: str, spec: tuning_pb2.JobSpec, lease_s: float) -> Job:
         if self.draining:

@@ -38,20 +38,6 @@ class Group:
         self.args_info = args_info
 
 
-_EXACT = (
-    "op",
-    "model",
-    "device_model",
-    "sm_percent",
-    "sm_count",
-    "team",
-    "job",
-    "workload_digest",
-    "target_digest",
-    "tvm_version",
-)
-
-
 class Catalogue:
     """The groups of one store. Thread-safe.
 
@@ -73,7 +59,7 @@ class Catalogue:
         self._stamps: dict[str, bytes] = {}
         self._args_info: dict[str, ArgsInfo] = {}
         self._groups: dict[bytes, Group] = {}
-        self._index: dict[str, dict[Any, set[Group]]] = {name: {} for name in (*_EXACT, "described", "tag")}
+        self._index: dict[str, dict[Any, set[Group]]] = {name: {} for name in (*entries.EXACT, "described", "tag")}
         self._facts: OrderedDict[bytes, Record] = OrderedDict()
         self._texts: dict[str, str] = {}
         self._named: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
@@ -112,7 +98,7 @@ class Catalogue:
         """The groups whose records may match."""
         with self._lock:
             sets: list[set[Group]] = []
-            for name in _EXACT:
+            for name in entries.EXACT:
                 value = getattr(where, name)
                 if value not in ("", None):
                     sets.append(self._index[name].get(value, set()))
@@ -235,7 +221,7 @@ class Catalogue:
     @staticmethod
     def _places(group: Group) -> list[tuple[str, Any]]:
         shared = group.shared
-        places: list[tuple[str, Any]] = [(name, getattr(shared, name)) for name in _EXACT]
+        places: list[tuple[str, Any]] = [(name, getattr(shared, name)) for name in entries.EXACT]
         places.append(("described", (group.digest, shared.description)))
         places.extend(("tag", item) for item in shared.tags.items())
         return places

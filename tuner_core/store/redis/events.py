@@ -18,18 +18,6 @@ from tuner_core.store.shapes import parse_shape, shape_matches
 _FORM = "redis-"
 _EVENTS_AT_ONCE = 64
 _BLOCK_S = 1.0
-_EXACT = (
-    "op",
-    "model",
-    "device_model",
-    "sm_percent",
-    "sm_count",
-    "team",
-    "job",
-    "workload_digest",
-    "target_digest",
-    "tvm_version",
-)
 
 
 class Follower:
@@ -115,7 +103,7 @@ class Follower:
         return taken, len(trials)
 
     def _matches(self, where: RecordFilter, record: Record, *, condemned: bool) -> bool:
-        for name in _EXACT:
+        for name in entries.EXACT:
             wanted = getattr(where, name)
             if wanted not in ("", None) and wanted != getattr(record, name):
                 return False
