@@ -1,8 +1,10 @@
 """What every process of a server did and when, as a trace for Perfetto or chrome://tracing.
 
 The file is a JSON array of trace events ("Trace Event Format", array form) that is complete after every event: each one
-overwrites the closing bracket, in one write, so that what a killed server leaves can be opened too. Like logging, it is
-one for the whole process; while nothing is recorded, a slice costs a comparison.
+overwrites the closing bracket, in one write, so that what a killed server leaves can be opened too. A kill can end a
+write between two pages of memory, so no event lies across them: what it then leaves lacks the closing bracket, which
+that format allows, and no part of an event. Like logging, it is one for the whole process; while nothing is recorded,
+a slice costs a comparison.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from tuner_core.errors import UsageError
 STAGES = ("search", "build", "measure", "promotion", "commit", "pause", "server")
 """In the order in which a viewer shows them: ``pause`` is when search and build stand still for a measurement."""
 MAX_BYTES = 64 << 20
+PAGE_BYTES = 4096
+"""The smallest piece in which Linux carries out a write: only between two of them does a kill interrupt it."""
 
 _task: ContextVar[str] = ContextVar("task", default="")
 _stage: ContextVar[str] = ContextVar("stage", default="")
@@ -55,6 +59,9 @@ class _Recorder:
             last = {"ph": "i", "name": "the trace is full", "ts": self.now_us(), "pid": len(STAGES), "tid": 0, "s": "g"}
             data = json.dumps(last).encode()
         data = (b",\n" if self._end else b"") + data
+        room = PAGE_BYTES - (2 + self._end) % PAGE_BYTES
+        if len(data) + 2 > room:
+            data = b" " * room + data
         try:
             os.pwrite(self._fd, data + b"\n]", 2 + self._end)
         except OSError:  # a full disk ends the trace, not the server

@@ -23,8 +23,11 @@ def _stopped() -> Iterator[None]:
     timeline.stop()
 
 
-def events(path: Path) -> list[dict[str, Any]]:
-    loaded = json.loads(path.read_text())
+def events(path: Path, of_killed: bool = False) -> list[dict[str, Any]]:
+    text = path.read_text()
+    if of_killed and not text.endswith("]"):
+        text += "]"  # optional in the format
+    loaded = json.loads(text)
     assert isinstance(loaded, list)
     return loaded
 
@@ -116,4 +119,18 @@ def test_what_a_killed_server_leaves_is_whole(tmp_path: Path) -> None:
                 pass
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert len(events(path)) > 100
+        assert len(events(path, of_killed=True)) > 100
+
+
+def test_what_is_there_after_any_part_of_the_writes_holds_whole_events(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    timeline.start(path)
+    for index in range(300):
+        with timeline.slice("build", "build-0", "build" * (index % 7)):
+            pass
+    text = path.read_text()
+    pages = range(timeline.PAGE_BYTES, len(text), timeline.PAGE_BYTES)
+    assert len(pages) > 5
+    counts = [len(json.loads(text[:end] + "]")) for end in pages]
+    assert counts == sorted(counts) and counts[0] > 10
+    assert len(events(path)) > 300
