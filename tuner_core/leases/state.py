@@ -240,13 +240,25 @@ class InstanceState:
 
 @dataclass
 class Board:
-    """The whole job at a moment."""
+    """The whole job at a moment.
+
+    Attributes:
+        epoch: How often the job was taken up by a client.
+        unassigned: Trials of the budget that are in no lease and have not been counted.
+        joined: An instance has joined, now or before.
+        chosen: It is decided which tasks get trials.
+        model_at: The instance that measures the model now.
+    """
 
     tasks: dict[str, TaskLedger]
     settings: LeaseSettings
     instances: dict[str, InstanceState] = field(default_factory=dict)
+    epoch: int = 1
     unassigned: int = 0
     now_s: float = 0.0
+    joined: bool = False
+    chosen: bool = False
+    model_at: str | None = None
 
     def usable(self) -> list[InstanceState]:
         """Instances that may get leases: slow ones only when there are no others."""

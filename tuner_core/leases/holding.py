@@ -1,0 +1,88 @@
+"""Leases as they are given, extended, taken away and released: changes the board, says what is to be done."""
+
+from __future__ import annotations
+
+from tuner_core.leases import messages as m
+from tuner_core.leases import placement
+from tuner_core.leases.state import EPOCH_BITS, Board, Lease, Phase
+from tuner_core.model import TaskState
+
+
+def find(board: Board, instance: str, task: str, token: int) -> Lease | None:
+    """The task's present lease, if it is this one."""
+    ledger = board.tasks.get(task)
+    lease = ledger.lease if ledger is not None else None
+    return lease if lease is not None and (lease.token, lease.instance) == (token, instance) else None
+
+
+def place(board: Board, step: placement.Place, out: list[m.Instruction]) -> None:
+    """Lease a task; its records go first where the instance may not have them."""
+    task, one = step.task, step.instance
+    task.last_token += 1
+    token = (board.epoch << EPOCH_BITS) | task.last_token
+    lease = Lease(task.plan.name, token, one.name, step.trials, step.conclude, board.now_s)
+    task.lease = one.leases[lease.task] = lease
+    task.new_trials += step.trials
+    board.unassigned -= step.trials
+    if not step.trials and not step.conclude:
+        task.baseline_attempts += 1
+    elif task.home != one.name:
+        task.home, task.moved_s = one.name, board.now_s
+    if task.plan.tunable:
+        task.state = TaskState.RUNNING
+    if task.holder != one.name and (task.known or task.late):
+        out.append(m.Warm(one.name, lease.task, token))
+    else:
+        grant(board, lease, out)
+
+
+def grant(board: Board, lease: Lease, out: list[m.Instruction]) -> None:
+    """Tell the instance."""
+    lease.phase, lease.changed_s = Phase.GRANTING, board.now_s
+    board.tasks[lease.task].holder = lease.instance
+    out.append(m.Grant(lease.instance, lease.task, lease.token, lease.trials, lease.conclude))
+
+
+def extend(board: Board, step: placement.Extend, out: list[m.Instruction]) -> None:
+    """Add trials to a lease; one that the instance has not answered yet is extended when it has."""
+    lease = step.lease
+    lease.trials += step.trials
+    board.tasks[lease.task].new_trials += step.trials
+    board.unassigned -= step.trials
+    if lease.phase is Phase.LIVE:
+        out.append(m.Grant(lease.instance, lease.task, lease.token, lease.trials))
+
+
+def warmed(board: Board, event: m.Warmed, out: list[m.Instruction]) -> None:
+    """The records are there: the lease can be given."""
+    lease = find(board, event.instance, event.task, event.token)
+    if lease is not None and lease.phase is Phase.WARMING:
+        grant(board, lease, out)
+
+
+def revoke(board: Board, lease: Lease, out: list[m.Instruction]) -> None:
+    """Ask for a lease back; one that was not given yet is over at once."""
+    if lease.phase is Phase.WARMING:
+        release(board, lease)
+    elif lease.phase is not Phase.REVOKING:
+        lease.phase, lease.changed_s = Phase.REVOKING, board.now_s
+        out.append(m.Revoke(lease.instance, lease.task, lease.token))
+
+
+def release(board: Board, lease: Lease, *, ended: bool = False) -> None:
+    """The lease is over here: what it did not measure goes back into the budget."""
+    task, one = board.tasks[lease.task], board.instances[lease.instance]
+    task.lease = None
+    del one.leases[lease.task]
+    left = lease.outstanding
+    task.new_trials -= left
+    board.unassigned += left
+    if not ended:
+        one.stale.add((lease.task, lease.token))
+
+
+def revoke_all(board: Board, out: list[m.Instruction]) -> None:
+    """End everything, without waiting for answers."""
+    for one in board.instances.values():
+        for lease in one.leases.values():
+            out.append(m.Revoke(lease.instance, lease.task, lease.token))
