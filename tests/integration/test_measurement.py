@@ -23,7 +23,8 @@ from tuner_server.measure.gate import CoreGate
 from tuner_server.measure.inputs import save_reference
 from tuner_server.partitions.cpu import CpuPartitions
 from tuner_server.partitions.interface import Partition
-from tuner_server.processes.spawner import Child, Spawner
+from tuner_server.processes.handle import Child
+from tuner_server.processes.spawner import Spawner
 from tuner_server.trial import TrialFailed
 
 ROLES = {"measure": "tuner_server.measure.worker"}

@@ -14,7 +14,8 @@ import pytest
 
 from tests.integration.process_state import gone, open_files, state, until, wait_until
 from tuner_core.errors import TunerError
-from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+from tuner_server.processes.handle import Child, ChildDied, ChildError, ChildTimeout
+from tuner_server.processes.spawner import Spawner
 
 ODD = {"odd": "tests.integration.odd_role"}
 ROOT = Path(__file__).parents[2]

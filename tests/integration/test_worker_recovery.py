@@ -20,7 +20,8 @@ from tuner_server.measure.fleet import MeasureRequest, WorkerFleet
 from tuner_server.measure.gate import CoreGate
 from tuner_server.partitions.cpu import CpuPartitions
 from tuner_server.partitions.interface import Partition
-from tuner_server.processes.spawner import Child, ChildError, Spawner
+from tuner_server.processes.handle import Child, ChildError
+from tuner_server.processes.spawner import Spawner
 from tuner_server.trial import TrialFailed
 
 ROLES = {"measure": "tuner_server.measure.worker"}

@@ -16,7 +16,8 @@ from tuner_core.model import FailureKind, Workload
 from tuner_server import timeline
 from tuner_server.build.artifact import Artifact, FallbackBuild, ModelBuild
 from tuner_server.fairness import FairTurns
-from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+from tuner_server.processes.handle import Child, ChildDied, ChildError, ChildTimeout
+from tuner_server.processes.spawner import Spawner
 from tuner_server.trial import TrialFailed
 
 __all__ = ["Artifact", "BuildPool", "FallbackBuild", "ModelBuild"]

@@ -22,7 +22,8 @@ from tuner_server.measure.repairs import Outcomes, Repairs
 from tuner_server.measure.slot import WorkerSlot
 from tuner_server.measure.turns import Turns
 from tuner_server.partitions.interface import Partition, PartitionProvider
-from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner, describe_exit
+from tuner_server.processes.handle import Child, ChildDied, ChildError, ChildTimeout, describe_exit
+from tuner_server.processes.spawner import Spawner
 from tuner_server.trial import TrialFailed
 
 log = logging.getLogger(__name__)

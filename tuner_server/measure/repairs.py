@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from tuner_server.measure.metrics import FleetMetrics
 from tuner_server.measure.slot import WorkerSlot
 from tuner_server.partitions.interface import PartitionProvider
-from tuner_server.processes.spawner import Child, Spawner
+from tuner_server.processes.handle import Child
+from tuner_server.processes.spawner import Spawner
 
 log = logging.getLogger(__name__)
 

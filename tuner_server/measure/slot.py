@@ -6,7 +6,8 @@ from tuner_core.errors import TunerError
 from tuner_core.model import PartitionKind
 from tuner_server.measure.requests import WorkerSnapshot
 from tuner_server.partitions.interface import Partition, PartitionProvider
-from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+from tuner_server.processes.handle import Child, ChildDied, ChildError, ChildTimeout
+from tuner_server.processes.spawner import Spawner
 
 _HELLO_TIMEOUT_S = 60.0  # creating a CUDA context takes seconds on a busy host
 _PROMPT_S = 2.0

@@ -11,7 +11,8 @@ from pathlib import Path
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
 from tuner_server.partitions.interface import Partition, check_share, check_sum
-from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+from tuner_server.processes.handle import Child, ChildDied, ChildError, ChildTimeout
+from tuner_server.processes.spawner import Spawner
 
 _MEMORY_SHARE = 0.8  # of the memory that this process may use, per worker: a candidate may not take the host down
 _TARGET_TIMEOUT_S = 60.0

@@ -12,7 +12,7 @@ from tuner_server.gpu.lock import GpuLock
 from tuner_server.gpu.sm_share import host_cores
 from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
 from tuner_server.partitions.interface import Partition, check_share
-from tuner_server.processes.spawner import Child
+from tuner_server.processes.handle import Child
 
 _MEMORY_SHARE = 0.9  # of the device's memory, for arguments; the rest is for contexts and what others hold
 

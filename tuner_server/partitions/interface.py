@@ -13,7 +13,7 @@ from typing import Protocol
 
 from tuner_core.errors import UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
-from tuner_server.processes.spawner import Child
+from tuner_server.processes.handle import Child
 
 log = logging.getLogger(__name__)
 

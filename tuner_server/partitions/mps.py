@@ -22,7 +22,7 @@ from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
 from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
 from tuner_server.partitions.exclusive import device_info
 from tuner_server.partitions.interface import Partition, check_share, check_sum
-from tuner_server.processes.spawner import Child
+from tuner_server.processes.handle import Child
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from tuner_core.model import Workload
 from tuner_server.fairness import FairTurns
-from tuner_server.processes.spawner import Child, ChildDied, ChildError, ChildTimeout, Spawner
+from tuner_server.processes.handle import Child, ChildDied, ChildError, ChildTimeout
+from tuner_server.processes.spawner import Spawner
 from tuner_server.search.messages import KnownTrial, Lesson, SearchFailed, SearchLost, SearchSettings
 
 __all__ = ["KnownTrial", "SearchFailed", "SearchLost", "SearchPool", "SearchSettings"]
