@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuner_client.api import Client, JobInterrupted, tune
-    from tuner_client.job import JobReport, TaskReport
+    from tuner_client.api import Client, tune
+    from tuner_client.job import JobInterrupted, JobReport, TaskReport
     from tuner_client.records import RecordDatabase
     from tuner_client.request import TuneRequest
     from tuner_client.sharding.tuning import ShardedTuner, ShardingOptions
@@ -35,7 +35,7 @@ __all__ = [
 _WHERE = {
     "Client": "tuner_client.api",
     "ConnectionOptions": "tuner_core.transport.options",
-    "JobInterrupted": "tuner_client.api",
+    "JobInterrupted": "tuner_client.job",
     "JobReport": "tuner_client.job",
     "RecordDatabase": "tuner_client.records",
     "RecordFilter": "tuner_core.store.interface",

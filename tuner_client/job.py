@@ -236,6 +236,19 @@ class JobReport:
         return document
 
 
+class JobInterrupted(KeyboardInterrupt):
+    """Ctrl-C while a job was being followed.
+
+    Attributes:
+        report: The job's last known state; its status is ``detached`` when the server goes on with it, ``stopped``
+            when the local server saved it and ended.
+    """
+
+    def __init__(self, report: JobReport) -> None:
+        super().__init__(f"job {report.job} {report.status}")
+        self.report = report
+
+
 def _optional(message: Any, name: str) -> Any:
     return getattr(message, name) if message.HasField(name) else None
 

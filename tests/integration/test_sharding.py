@@ -151,7 +151,7 @@ import sys
 from pathlib import Path
 from tests.integration.replay_fleet import FACTS
 from tests.replay_server import replay_spec
-from tuner_client.api import JobInterrupted
+from tuner_client.job import JobInterrupted
 from tuner_client.sharding.tuning import ShardedTuner, ShardingOptions
 from tuner_core.transport.options import ConnectionOptions
 servers = tuple(ConnectionOptions(address) for address in sys.argv[2:])

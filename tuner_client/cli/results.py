@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import click
 
-from tuner_client.api import JobInterrupted
 from tuner_client.cli.ending import INTERRUPTED, print_document
 from tuner_client.cli.session import Session
-from tuner_client.job import DETACHED, JobReport
+from tuner_client.job import DETACHED, JobInterrupted, JobReport
 from tuner_client.render.tasks import final_view
 from tuner_core.errors import ExitCode
 from tuner_core.model import JobState

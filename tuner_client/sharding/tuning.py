@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner_client.job import JobReport
+from tuner_client.job import JobInterrupted, JobReport
 from tuner_client.preparing import Quiet, import_model, prepare_model
 from tuner_client.progress import Progress, Silent
 from tuner_client.request import TuneRequest
@@ -223,8 +223,6 @@ class ShardedTuner:
     def _drive(
         self, journal: ShardJournal, spec: tuning_pb2.JobSpec, store: RecordStore, left_out: Mapping[str, str]
     ) -> JobReport:
-        from tuner_client.api import JobInterrupted
-
         driver_report, interrupted = asyncio.run(self._run(journal, spec, store, left_out))
         if interrupted:
             raise JobInterrupted(driver_report)
