@@ -93,6 +93,13 @@ def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) ->
 @click.option(
     "--mps", type=click.Choice(["auto", "external", "off"]), default="auto", show_default=True, help="CUDA MPS."
 )
+@click.option(
+    "--pause-builds",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Stop search and build while a GPU measures for publication; auto: for short kernels and whole models.",
+)
 @click.option("--repartition/--no-repartition", default=True, help="Re-partition a free device for a job's share.")
 @click.option("--number", type=click.IntRange(1), default=1, show_default=True, help="Calls per sample, at least.")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Samples per measurement.")
@@ -198,6 +205,7 @@ def _devices(options: dict[str, Any]) -> tuple[DeviceSettings, ...]:
         partitions=options["partitions"],
         oversubscribe=options["oversubscribe"],
         mps=options["mps"],
+        pause_builds=options["pause_builds"],
     )
     context = click.get_current_context(silent=True)
     listed = context.find_root().meta.get(_DEVICES) if context is not None else None

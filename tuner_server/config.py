@@ -36,6 +36,8 @@ class DeviceSettings:
         partitions: Shares of the workers one by one, instead of the two above.
         oversubscribe: Allow shares that sum to more than 100.
         mps: ``auto``, ``external`` or ``off``.
+        pause_builds: Whether search and build stop while a GPU measures for publication: ``auto`` (for short kernels
+            and whole models), ``always`` or ``never``.
     """
 
     device: str = "auto"
@@ -44,6 +46,7 @@ class DeviceSettings:
     partitions: tuple[int, ...] = ()
     oversubscribe: bool = False
     mps: str = "auto"
+    pause_builds: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.
@@ -157,6 +160,8 @@ def _typed(entry: dict[str, Any]) -> dict[str, Any]:
         typed["mps"] = "off"
     elif entry.get("mps", "auto") not in ("auto", "external", "off"):
         raise refuse("mps", "auto, external or off")
+    if entry.get("pause_builds", "auto") not in ("auto", "always", "never"):
+        raise refuse("pause_builds", "auto, always or never")
     if not isinstance(entry.get("oversubscribe", False), bool):
         raise refuse("oversubscribe", "true or false")
     return typed

@@ -24,7 +24,7 @@ from tuner_server.lanes.lane import Lane
 from tuner_server.lanes.pools import WorkPools
 from tuner_server.measure.gate import CoreGate
 from tuner_server.measure.requests import WorkerSnapshot
-from tuner_server.partitions.cpu import usable_cores
+from tuner_server.partitions.host import usable_cores
 from tuner_server.partitions.select import Chosen, select_providers
 from tuner_server.processes.spawner import Spawner
 from tuner_server.scheduler.gathering import Gathering

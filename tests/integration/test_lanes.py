@@ -17,7 +17,7 @@ from tuner_server.config import DeviceSettings, ServerConfig
 from tuner_server.engine import Engine
 from tuner_server.lanes.lane import Lane
 from tuner_server.measure.requests import Measurement, MeasureRequest
-from tuner_server.partitions.cpu import usable_cores
+from tuner_server.partitions.host import usable_cores
 
 CPU = '{"kind": "llvm"}'
 CORES = usable_cores()[:2]

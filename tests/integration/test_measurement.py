@@ -512,6 +512,28 @@ def test_with_spare_cores_only_promotion_pauses_the_pools(
     runner.run(check())
 
 
+def test_builds_stand_still_for_short_kernels_only_where_workers_have_cores_of_their_own(
+    runner: asyncio.Runner, spawner: Spawner, provider: CpuPartitions, library: dict[str, Path]
+) -> None:
+    pools = Recorder()
+    request = MeasureRequest(library["matmul"], MATMUL_ARGS, ONCE)
+
+    async def check() -> None:
+        partitions = [dataclasses.replace(part, quiet_below_us=50.0) for part in provider.plan(50, 1)]
+        fleet = WorkerFleet(spawner, provider, CoreGate([pools], spare=True))
+        await fleet.start(partitions)
+        async with fleet.exclusive() as alone:
+            await alone.measure(dataclasses.replace(request, expected_us=50.0))
+            assert pools.events == []
+            await alone.measure(dataclasses.replace(request, expected_us=49.0))
+            assert pools.events == ["pause", "resume"]
+            await alone.measure(request)  # nobody knows how long it takes
+            assert pools.events == ["pause", "resume"] * 2
+        await fleet.stop()
+
+    runner.run(check())
+
+
 # Starting, stopping, and devices on which faults spread
 
 

@@ -36,12 +36,12 @@ def test_overlapping_measurements_are_one_pause() -> None:
     assert not pool.paused and pool.pauses == 1
 
 
-def test_with_spare_cores_only_promotion_pauses() -> None:
+def test_with_spare_cores_only_what_wants_a_quiet_host_pauses() -> None:
     pool = Pool()
     gate = CoreGate([pool], spare=True)
     with gate.measuring():
         assert not pool.paused
-        with gate.promoting():
+        with gate.quiet():
             assert pool.paused
         assert not pool.paused
     assert pool.pauses == 1
@@ -69,7 +69,7 @@ def test_cores_that_become_spare_during_a_measurement_count_at_once() -> None:
 def test_a_pool_that_joins_a_closed_gate_stands_still_too() -> None:
     gate = CoreGate()
     late = Pool()
-    with gate.promoting():
+    with gate.quiet():
         gate.add(late)
         assert late.paused
     assert not late.paused

@@ -11,9 +11,10 @@ import pytest
 
 from tuner_core.errors import UsageError
 from tuner_core.model import PartitionKind
-from tuner_server.partitions import cpu
-from tuner_server.partitions.cpu import CpuPartitions, parse_cores, usable_cores
+from tuner_server.partitions import host
+from tuner_server.partitions.cpu import CpuPartitions, parse_cores
 from tuner_server.partitions.cpu_target import hidden_features
+from tuner_server.partitions.host import usable_cores
 from tuner_server.processes.spawner import Spawner
 
 
@@ -112,7 +113,7 @@ def test_only_the_cores_left_to_this_process_are_divided() -> None:
     code = f"""
 import os
 os.sched_setaffinity(0, [{core}])
-from tuner_server.partitions.cpu import usable_cores
+from tuner_server.partitions.host import usable_cores
 print(usable_cores())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -120,7 +121,7 @@ print(usable_cores())
 
 
 def test_the_quota_of_a_control_group_limits_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_control_groups", lambda _controller: [tmp_path])
+    monkeypatch.setattr(host, "_control_groups", lambda _controller: [tmp_path])
     everything = len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert len(usable_cores()) == everything

@@ -22,7 +22,7 @@ from tuner_core.model import PartitionKind
 from tuner_server.config import DeviceSettings
 from tuner_server.gpu.inventory import GpuInfo, Inventory, choose_gpus, find_gpus
 from tuner_server.gpu.lock import LOCK_DIRECTORY
-from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
+from tuner_server.gpu.sm_share import SmShares, fit_shares
 from tuner_server.partitions import select
 from tuner_server.partitions.exclusive import ExclusivePartitions
 from tuner_server.partitions.mps import MpsPartitions
@@ -267,23 +267,6 @@ def test_the_rule_of_shares_follows_what_was_read(seen: dict[int, int], percent:
 
 def test_the_rule_gives_every_count_that_was_measured_on_an_h200() -> None:
     assert [SmShares(132).at(share) for share in (100, 50, 30, 25, 12, 10)] == [132, 66, 38, 32, 14, 12]
-
-
-@pytest.mark.parametrize(
-    ("cores", "workers", "pinned", "spare"),
-    [
-        (16, 4, [(0,), (1,), (2,), (3,)], 12),
-        (16, 8, [(0, 1, 2, 3, 4)] * 8, 11),
-        (2, 4, [(0,)] * 4, 1),
-        (1, 2, [()] * 2, 1),
-    ],
-)
-def test_host_cores_are_divided_between_measurement_and_building(
-    cores: int, workers: int, pinned: list[tuple[int, ...]], spare: int
-) -> None:
-    affinity, left = host_cores(range(cores), workers)
-    assert affinity == pinned
-    assert len(left) == spare
 
 
 def test_a_host_without_a_driver_has_no_gpu_and_says_so() -> None:

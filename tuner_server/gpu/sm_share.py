@@ -1,9 +1,9 @@
-"""How many SMs a percentage grants, and which host cores the workers of a GPU get."""
+"""How many SMs a percentage grants."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tuner_core.errors import TunerError
@@ -62,23 +62,3 @@ def fit_shares(total: int, seen: Mapping[int, int]) -> SmShares:
             if all(rule.at(percent) == count for percent, count in capped.items()):
                 return SmShares(total, granularity, rounds_up, dict(seen))
     return SmShares(total, seen=dict(seen))  # no rule fits: what was read is right, the rest an estimate
-
-
-def host_cores(cores: Sequence[int], workers: int) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Split the host's cores between measurement workers, which launch kernels back to back, and search and build.
-
-    Args:
-        cores: Cores that this process may use.
-        workers: Measurement workers.
-
-    Returns:
-        The cores of each worker, and those left. A worker has a core for itself where that leaves two thirds of them;
-        else all workers share a third. With a single core everything shares it.
-    """
-    cores = sorted(cores)
-    if len(cores) < 2:
-        return [()] * workers, cores
-    if workers <= max(1, len(cores) // 3):
-        return [(core,) for core in cores[:workers]], cores[workers:]
-    shared = tuple(cores[: max(1, len(cores) // 3)])
-    return [shared] * workers, cores[len(shared) :]

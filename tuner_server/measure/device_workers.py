@@ -42,12 +42,14 @@ class Work:
         args: Its arguments.
         timeout_s: Deadline from the moment a worker gets it.
         accepts: Which slots will do.
+        expected_us: Latency of what is measured, microseconds; None: unknown.
     """
 
     op: str
     args: dict[str, Any]
     timeout_s: float
     accepts: Callable[[WorkerSlot], bool]
+    expected_us: float | None = None
 
 
 @dataclass(eq=False)
@@ -235,7 +237,7 @@ class DeviceWorkers:
             for other in self._running:
                 other.neighbours = max(other.neighbours, len(self._running) - 1)
             stage = timeline.as_stage("promotion") if alone else contextlib.nullcontext()
-            with self._holding(work, alone), stage:
+            with self._holding(slot, work, alone), stage:
                 reply = await child.request(work.op, work.args, work.timeout_s, kill=False)
             return Done(reply, slot, slot.sm_count_seen, slot.affinity, activity.neighbours)
         except ChildTimeout:
@@ -260,10 +262,12 @@ class DeviceWorkers:
                 slot.state = "idle"
             self._turns.give(slot)
 
-    def _holding(self, work: Work, alone: bool) -> contextlib.AbstractContextManager[None]:
-        if alone:
-            return self._gate.promoting()
-        return self._gate.measuring() if work.op == "measure" else contextlib.nullcontext()
+    def _holding(self, slot: WorkerSlot, work: Work, alone: bool) -> contextlib.AbstractContextManager[None]:
+        if work.op == "check":
+            return contextlib.nullcontext()
+        if alone and (work.expected_us or 0.0) < slot.partition.quiet_below_us:
+            return self._gate.quiet()
+        return self._gate.measuring()
 
     # Faults
 

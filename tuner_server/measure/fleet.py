@@ -157,7 +157,7 @@ class WorkerFleet:
         if not any(accepts(slot) for slot in self._workers.slots):
             raise ConflictError(f"no worker has a share of {request.sm_percent} %")
         done = await self._workers.perform(
-            Work("measure", request.arguments(), request.timeout_s, accepts), alone=alone
+            Work("measure", request.arguments(), request.timeout_s, accepts, request.expected_us), alone=alone
         )
         samples = tuple(float(sample) for sample in done.reply["samples_us"])
         summary = summarise(samples)

@@ -27,14 +27,14 @@ class CoreGate:
 
     Args:
         pausables: What to pause.
-        spare: Whether search and build have cores of their own: then only promotion pauses them.
+        spare: Whether search and build have cores of their own: then only what asks for a quiet host pauses them.
     """
 
     def __init__(self, pausables: Sequence[Pausable] = (), spare: bool = False) -> None:
         self._pausables = list(pausables)
         self._spare = spare
         self._measuring = 0
-        self._promoting = 0
+        self._quiet = 0
         self._closed = False
 
     @property
@@ -70,18 +70,18 @@ class CoreGate:
             self._apply()
 
     @contextlib.contextmanager
-    def promoting(self) -> Iterator[None]:
-        """Hold while a worker measures for publication: pauses even where there are spare cores."""
-        self._promoting += 1
+    def quiet(self) -> Iterator[None]:
+        """Hold while any load of the host would disturb a measurement: pauses even where there are spare cores."""
+        self._quiet += 1
         self._apply()
         try:
             yield
         finally:
-            self._promoting -= 1
+            self._quiet -= 1
             self._apply()
 
     def _apply(self) -> None:
-        closed = self._promoting > 0 or (self._measuring > 0 and not self._spare)
+        closed = self._quiet > 0 or (self._measuring > 0 and not self._spare)
         if closed == self._closed:
             return
         self._closed = closed

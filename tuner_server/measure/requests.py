@@ -23,6 +23,7 @@ class MeasureRequest:
         timeout_s: Deadline from the moment a worker gets it; waiting for a worker does not count.
         give_up_above_us: When the first sample is slower than this, the others are not taken.
         sm_percent: Only workers with this share; None: any.
+        expected_us: Its latency, as an earlier measurement said; None: unknown.
     """
 
     artifact: Path
@@ -31,6 +32,7 @@ class MeasureRequest:
     timeout_s: float = 10.0
     give_up_above_us: float | None = None
     sm_percent: int | None = None
+    expected_us: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """As the worker reads it."""

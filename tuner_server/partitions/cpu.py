@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
+from tuner_server.partitions.host import processor_model, usable_cores, usable_memory_bytes
 from tuner_server.partitions.interface import Partition, check_share, check_sum
 from tuner_server.processes.handle import Child, ChildDied, ChildError, ChildTimeout
 from tuner_server.processes.spawner import Spawner
@@ -182,77 +181,3 @@ def parse_cores(device: str) -> tuple[int, ...] | None:
     if not cores:
         raise UsageError(f"--device {device}: wants cores as in cpu:0-3 or cpu:0,2")
     return tuple(sorted(cores))
-
-
-def usable_cores() -> tuple[int, ...]:
-    """Cores that this process may use: its affinity, cut to the control group's quota; siblings side by side."""
-    cores = sorted(os.sched_getaffinity(0), key=lambda core: (*_physical_core(core), core))
-    quota = _quota_cores()
-    return tuple(cores if quota is None else cores[: max(1, int(quota))])
-
-
-def _physical_core(core: int) -> tuple[int, int]:
-    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology")
-    try:
-        return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text())
-    except (OSError, ValueError):
-        return 0, core
-
-
-def _quota_cores() -> float | None:
-    """Processor time that the control group grants, in cores; None when it sets no limit (kernel: cgroup-v2.rst)."""
-    for group in _control_groups("cpu"):
-        try:
-            if (group / "cpu.max").exists():
-                quota, period = (group / "cpu.max").read_text().split()
-            else:
-                quota = (group / "cpu.cfs_quota_us").read_text().strip()
-                period = (group / "cpu.cfs_period_us").read_text().strip()
-            if quota not in ("max", "-1"):
-                return int(quota) / int(period)
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def usable_memory_bytes() -> int:
-    """Memory of the host, or the control group's limit where that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for group in _control_groups("memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            try:
-                total = min(total, int((group / name).read_text()))
-            except (OSError, ValueError):
-                continue
-    return total
-
-
-def _control_groups(controller: str) -> list[Path]:
-    """Directories that may limit this process, its own group first (version 2, then version 1)."""
-    found = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _number, controllers, path = line.split(":", 2)
-        root = Path("/sys/fs/cgroup")
-        if controllers and controller in controllers.split(","):
-            root /= controller
-        elif controllers:
-            continue
-        own = root / path.lstrip("/")
-        found += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
-    return found
-
-
-def processor_model() -> str:
-    """Name of the processor, e.g. ``AMD EPYC 9654 96-Core Processor``; the architecture where the kernel gives none."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name" and value.strip():
-                return " ".join(value.split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

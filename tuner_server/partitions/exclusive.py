@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
 from tuner_server.gpu.inventory import GpuInfo
 from tuner_server.gpu.lock import GpuLock
-from tuner_server.gpu.sm_share import host_cores
 from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
+from tuner_server.partitions.host import quiet_below_us, split_cores, usable_cores
 from tuner_server.partitions.interface import Partition, check_share
 from tuner_server.processes.handle import Child
 
@@ -37,18 +36,27 @@ class ExclusivePartitions:
         gpu: The GPU.
         reason: Why no share can be granted, in one line; part of the refusal of every other share.
         cores: Host cores for its worker, search and build; None: all that this process may use.
+        pause_builds: See :func:`quiet_below_us`.
         probe: Command that reads the device's facts.
     """
 
     faults_spread = False
 
     def __init__(
-        self, gpu: GpuInfo, reason: str, *, cores: Sequence[int] | None = None, probe: Sequence[str] = PROBE_COMMAND
+        self,
+        gpu: GpuInfo,
+        reason: str,
+        *,
+        cores: Sequence[int] | None = None,
+        pause_builds: str = "auto",
+        probe: Sequence[str] = PROBE_COMMAND,
     ) -> None:
         self._gpu = gpu
         self._reason = reason
         self._probe = probe
-        self.cores = tuple(sorted(os.sched_getaffinity(0)) if cores is None else cores)
+        self.cores = usable_cores() if cores is None else tuple(cores)
+        self._split = split_cores(self.cores, 1)
+        self._quiet_below_us = quiet_below_us(self._split, pause_builds)
         self._facts: DeviceFacts | None = None
         self._lock: GpuLock | None = None
 
@@ -111,7 +119,6 @@ class ExclusivePartitions:
             raise UsageError(f"only one worker with 100 % of the GPU is on offer here: {self._reason}")
         if self._facts is None:
             raise TunerError("the GPU has not been started")
-        affinity, _ = host_cores(self.cores, 1)
         return [
             Partition(
                 index=0,
@@ -119,10 +126,11 @@ class ExclusivePartitions:
                 kind=PartitionKind.EXCLUSIVE,
                 sm_percent=100,
                 expected_sm_count=self._facts.sm_count,
-                affinity=affinity[0],
+                affinity=self._split.workers[0],
                 tvm_device="cuda:0",
                 env=self._env,
                 memory_bytes=int(self._facts.memory_bytes * _MEMORY_SHARE),
+                quiet_below_us=self._quiet_below_us,
             )
         ]
 
@@ -151,4 +159,4 @@ class ExclusivePartitions:
 
     def spare_cores(self, partitions: Sequence[Partition]) -> list[int]:
         """Host cores that no worker is pinned to."""
-        return host_cores(self.cores, len(partitions))[1]
+        return list(self._split.rest)

@@ -7,6 +7,7 @@ One provider stands for one device. A new kind of share is one new file beside t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,6 +33,7 @@ class Partition:
         tvm_device: TVM's name of the device inside the worker, e.g. ``cpu:0`` or ``cuda:0``.
         env: Environment of the worker, set before it touches the device.
         memory_bytes: Device memory that the worker may use for arguments; 0: no limit.
+        quiet_below_us: Kernels that take less are measured for publication with search and build stopped.
         device_name: Tells the workers of several devices apart, e.g. ``cuda1``; empty: there is one device.
     """
 
@@ -44,6 +46,7 @@ class Partition:
     tvm_device: str = "cpu:0"
     env: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: int = 0
+    quiet_below_us: float = math.inf
     device_name: str = ""
 
     @property

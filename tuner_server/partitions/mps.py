@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from tuner_core.errors import TunerError, UsageError
 from tuner_core.model import DeviceInfo, PartitionKind
 from tuner_server.gpu.inventory import GpuInfo
 from tuner_server.gpu.mps import MpsDaemon, Termination, control_version, find_control
-from tuner_server.gpu.sm_share import SmShares, fit_shares, host_cores
+from tuner_server.gpu.sm_share import SmShares, fit_shares
 from tuner_server.gpu.target import PROBE_COMMAND, DeviceFacts, cuda_target_json, read_device_facts
 from tuner_server.partitions.exclusive import device_info
+from tuner_server.partitions.host import quiet_below_us, split_cores, usable_cores
 from tuner_server.partitions.interface import Partition, check_share, check_sum
 from tuner_server.processes.handle import Child
 
@@ -44,6 +44,7 @@ class MpsPartitions:
         external: Use the daemon that the operator runs.
         oversubscribe: Allow shares that sum to more than 100 %.
         cores: Host cores for its workers, search and build; None: all that this process may use.
+        pause_builds: See :func:`quiet_below_us`.
         probe: Command that reads the device's facts.
     """
 
@@ -58,11 +59,13 @@ class MpsPartitions:
         external: bool = False,
         oversubscribe: bool = False,
         cores: Sequence[int] | None = None,
+        pause_builds: str = "auto",
         probe: Sequence[str] = PROBE_COMMAND,
     ) -> None:
         self._gpu = gpu
         self._oversubscribe = oversubscribe
-        self.cores = tuple(sorted(os.sched_getaffinity(0)) if cores is None else cores)
+        self.cores = usable_cores() if cores is None else tuple(cores)
+        self._pause_builds = pause_builds
         self._probe = probe
         self._facts: DeviceFacts | None = None
         self._shares: SmShares | None = None
@@ -178,7 +181,7 @@ class MpsPartitions:
         if self._facts is None or self._shares is None:
             raise TunerError("the GPU has not been started")
         total = sum(shares)
-        affinity, _ = host_cores(self.cores, len(shares))
+        split = split_cores(self.cores, len(shares))
         partitions = []
         for index, share in enumerate(shares):
             memory = int(self._facts.memory_bytes * _MEMORY_SHARE * share / max(100, total))
@@ -189,10 +192,11 @@ class MpsPartitions:
                     kind=PartitionKind.MPS,
                     sm_percent=share,
                     expected_sm_count=self._shares.at(share),
-                    affinity=affinity[index],
+                    affinity=split.workers[index],
                     tvm_device="cuda:0",
                     env=self._env(share, memory if self._limits_memory else 0),
                     memory_bytes=memory,
+                    quiet_below_us=quiet_below_us(split, self._pause_builds),
                 )
             )
         return partitions
@@ -211,7 +215,7 @@ class MpsPartitions:
 
     def spare_cores(self, partitions: Sequence[Partition]) -> list[int]:
         """Host cores that no worker is pinned to."""
-        return host_cores(self.cores, len(partitions))[1]
+        return list(split_cores(self.cores, len(partitions)).rest)
 
     # Workers
 

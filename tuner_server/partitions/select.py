@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +15,9 @@ from tuner_server.config import DeviceSettings
 from tuner_server.gpu.inventory import GpuInfo, Inventory, choose_gpus, find_gpus
 from tuner_server.gpu.mps import find_control
 from tuner_server.gpu.target import PROBE_COMMAND
-from tuner_server.partitions.cpu import CpuPartitions, parse_cores, usable_cores
+from tuner_server.partitions.cpu import CpuPartitions, parse_cores
 from tuner_server.partitions.exclusive import ExclusivePartitions
+from tuner_server.partitions.host import physical_core, usable_cores
 from tuner_server.partitions.interface import PartitionProvider
 from tuner_server.partitions.mps import MpsPartitions
 from tuner_server.processes.spawner import Spawner
@@ -80,7 +81,7 @@ async def select_providers(
     _refuse_twice([one.gpu.uuid for one in wanted])
     cpus = _cpu_devices(on_cpu, spawner)
     taken = {core for one in cpus for core in one.provider.cores}
-    cores = [core for core in sorted(os.sched_getaffinity(0)) if core not in taken]
+    cores = [core for core in usable_cores() if core not in taken]
     if wanted and not cores:
         raise UsageError(
             "the GPUs' workers, search and build need cores of their own beside the CPU that is measured: "
@@ -155,10 +156,14 @@ def _cpu_devices(entries: Sequence[DeviceSettings], spawner: Spawner) -> list[Ch
 
 
 def _portions(cores: Sequence[int], count: int) -> list[Sequence[int]]:
-    """Cores for each of several GPUs; with fewer cores than GPUs they share them."""
-    if len(cores) < count:
+    """Cores for each of several GPUs, whole physical ones if there are enough; with fewer cores than GPUs, shared."""
+    siblings = [list(group) for _, group in itertools.groupby(cores, key=physical_core)]
+    if len(siblings) < count:
+        siblings = [[core] for core in cores]
+    if len(siblings) < count:
         return [cores] * count
-    return [cores[index * len(cores) // count : (index + 1) * len(cores) // count] for index in range(count)]
+    cuts = [index * len(siblings) // count for index in range(count + 1)]
+    return [list(itertools.chain(*siblings[first:end])) for first, end in itertools.pairwise(cuts)]
 
 
 async def _open_gpu(
@@ -180,6 +185,7 @@ async def _open_gpu(
             external=external,
             oversubscribe=settings.oversubscribe,
             cores=cores,
+            pause_builds=settings.pause_builds,
             probe=probe,
         )
         try:
@@ -191,6 +197,6 @@ async def _open_gpu(
             if external:
                 raise
             reason = f"MPS does not work here ({error})"
-    exclusive = ExclusivePartitions(gpu, reason, cores=cores, probe=probe)
+    exclusive = ExclusivePartitions(gpu, reason, cores=cores, pause_builds=settings.pause_builds, probe=probe)
     await exclusive.start()
     return exclusive, reason

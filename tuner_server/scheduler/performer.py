@@ -292,6 +292,10 @@ class Performer:
         trace = self._tasks[index].baseline_trace
         return None if trace is None else self._artifacts.get((index, trace))
 
+    def _expected_us(self, index: int, trace: str) -> float | None:
+        task = self._tasks[index]
+        return task.baseline_us if trace == task.baseline_trace else task.results.get(trace)
+
     async def _artifact(self, index: int, trace: str) -> Artifact:
         known = self._artifacts.get((index, trace))
         if known is None:
@@ -310,7 +314,8 @@ class Performer:
                 try:
                     if isinstance(artifact, BaseException):
                         raise artifact
-                    measurement = await alone.measure(self._request(workload, artifact))
+                    request = replace(self._request(workload, artifact), expected_us=self._expected_us(index, trace))
+                    measurement = await alone.measure(request)
                     median_us = measurement.median_us
                     self._alone[index, trace] = measurement
                 except TrialFailed as failure:
