@@ -56,7 +56,7 @@ async def _troubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         told: list[leases_pb2.WatchShardResponse] = []
         listener = asyncio.create_task(_listen(supervisor, told))
         store.room = 6
-        await supervisor.grant("job-1", "dense", 1, 40, conclude=False)
+        await supervisor.grant("job-1", leases_pb2.Lease(task="dense", token=1, trials=40))
         ended = await _ended(told, 1)
         assert ended.reason == "failed" and "disk is full" in ended.error
         trials = [event.trial.trial_id for event in told if event.HasField("trial")]
@@ -65,7 +65,7 @@ async def _troubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine.search.sessions == 0
 
         store.room = 10**9
-        await supervisor.grant("job-1", "dense", 2, 4, conclude=False)
+        await supervisor.grant("job-1", leases_pb2.Lease(task="dense", token=2, trials=4))
         ended = await _ended(told, 2)
         assert (ended.reason, ended.measured) == ("measured", 4)
         assert engine.search.sessions == 1  # warm
@@ -79,11 +79,11 @@ async def _troubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         await _until(lambda: jobs["job-1"].state is JobState.STOPPED)
         assert engine.search.sessions == 0 and "client has gone" in jobs["job-1"].current.error
         with pytest.raises(NotFoundError):
-            await supervisor.grant("job-1", "dense", 3, 4, conclude=False)
+            await supervisor.grant("job-1", leases_pb2.Lease(task="dense", token=3, trials=4))
         monkeypatch.setattr(shards, "IDLE_S", 600.0)
         again = await supervisor.open("job-1", spec, 60.0)
         assert again.incarnation != opened.incarnation
-        await supervisor.grant("job-1", "dense", 3, 0, conclude=False)
+        await supervisor.grant("job-1", leases_pb2.Lease(task="dense", token=3))
     finally:
         await supervisor.stop()
         await engine.stop()

@@ -127,5 +127,7 @@ class EventLog:
                     error=told.error,
                     fallback=told.fallback,
                     baseline_latency_us=told.baseline_us,
+                    holder=told.holder,
+                    reused=told.reused,
                 )
                 return pb.WatchShardResponse(ended=ended)

@@ -90,7 +90,17 @@ class ShardMachine:
         self.shards[index].check(token, trials)
         return token > self.shards[index].token
 
-    def grant(self, index: int, token: int, trials: int, conclude: bool, now_s: float) -> list[sm.Instruction]:
+    def grant(
+        self,
+        index: int,
+        token: int,
+        trials: int,
+        conclude: bool,
+        now_s: float,
+        *,
+        claim: bool = False,
+        take_over: bool = False,
+    ) -> list[sm.Instruction]:
         """Start a lease or extend it.
 
         Args:
@@ -99,6 +109,8 @@ class ShardMachine:
             trials: New trials that the lease allows in all.
             conclude: Whether to promote the task's best at the end.
             now_s: On a clock that does not go back.
+            claim: Whether the task must be claimed for the job first.
+            take_over: Whether what another job has published ends the lease.
 
         Raises:
             UsageError, ConflictError: See :meth:`check`.
@@ -113,7 +125,7 @@ class ShardMachine:
             if token != shard.token + 1:  # leased elsewhere in between: its records may have come here since
                 shard.looked_up = False
             shard.token = token
-            shard.lease = Lease(token, trials, conclude, 0.0)
+            shard.lease = Lease(token, trials, conclude, 0.0, claim=claim, take_over=take_over)
             shard.progress.session_losses = 0
             shard.progress.error = ""
             if shard.progress.baseline_us is None:
@@ -121,6 +133,7 @@ class ShardMachine:
         assert shard.lease is not None
         shard.lease.trials = max(shard.lease.trials, trials)
         shard.lease.conclude |= conclude
+        shard.lease.claim |= claim
         shard.lease.deadline_s = self._now_s + self.lease_s
         self._advance(out)
         return out
@@ -156,6 +169,12 @@ class ShardMachine:
                 self._lane_open, self.limits = True, event.limits
             case sm.LaneClosed():
                 self._lane_open = False
+                for shard in self.shards:
+                    shard.claimed = False
+            case sm.ClaimAnswered():
+                self._claim_answered(self.shards[event.task], event, out)
+            case sm.ClaimLost():
+                self.shards[event.task].claimed = False
             case sm.KnownFound():
                 shard_trials.take_known(self.shards[event.task], event.known, out)
             case sm.LeaseRevoked():
@@ -197,6 +216,20 @@ class ShardMachine:
         self._advance(out)
         return out
 
+    # Claims
+
+    def _claim_answered(self, shard: ShardTask, event: sm.ClaimAnswered, out: list[sm.Instruction]) -> None:
+        shard.claiming = False
+        lease = shard.lease
+        if lease is None or not lease.claim:  # it ended meanwhile
+            return
+        if event.holder:
+            lease.holder = event.holder
+            self._wind_down(shard, lease, "held", out)
+            return
+        shard.claimed = True
+        shard.looked_up = shard.looked_up and not event.fresh
+
     # Search
 
     def _session_lost(self, shard: ShardTask, event: m.SessionLost, out: list[sm.Instruction]) -> None:
@@ -210,7 +243,8 @@ class ShardMachine:
             ready = [
                 (len(shard.progress.batches), shard.served, index)
                 for index, shard in enumerate(self.shards)
-                if shard.looked_up
+                if shard.ready
+                and not shard.taken_over
                 and shard.lease is not None
                 and shard.lease.remaining
                 and (shard.spare or not shard.progress.exhausted)
@@ -231,6 +265,7 @@ class ShardMachine:
         """Let a lease end as soon as what is built or being measured is done; a promotion goes on to its end."""
         if shard.lease is lease:
             shard.lease = None
+        shard.claimed = False  # the task goes elsewhere: whoever gets it claims it in the job's name
         lease.ending = reason
         shard.winding_down[lease.token] = lease
         for number, batch in shard.progress.batches.items():
@@ -250,6 +285,7 @@ class ShardMachine:
             task.promoted.clear()
             task.kept.clear()
             task.promoting = task.session_open = shard.looking = shard.baseline_asked = False
+            shard.claimed = shard.claiming = False
             shard.spare.clear()
             for lease in shard.leases:
                 lease.promoting = False
@@ -271,7 +307,11 @@ class ShardMachine:
 
     def _prepare(self, shard: ShardTask, lease: Lease, out: list[sm.Instruction]) -> None:
         index = shard.progress.index
-        if not shard.looked_up:
+        if lease.claim and not shard.claimed:
+            if not shard.claiming:
+                shard.claiming = True
+                out.append(sm.TakeClaim(index))
+        elif not shard.looked_up:
             if not shard.looking:
                 shard.looking = True
                 out.append(sm.LookUp(index))
@@ -291,7 +331,10 @@ class ShardMachine:
             if not task.promoting:
                 self._concluded(shard, lease, out)
             return
-        if not shard.looked_up or not lease.told_baseline or task.batches:
+        if not shard.ready or not lease.told_baseline or task.batches:
+            return
+        if shard.taken_over:
+            self._published(shard, lease, out)
             return
         if lease.remaining and not exhausted:
             return
@@ -333,7 +376,34 @@ class ShardMachine:
                 error="" if task.verified else task.error,
                 baseline_us=task.baseline_us if task.verified else None,
             )
+        self._release(shard, lease, out)
         self._over(shard, lease, replace(shard.conclusion, token=lease.token), out)
+
+    def _published(self, shard: ShardTask, lease: Lease, out: list[sm.Instruction]) -> None:
+        """Another job has tuned the task: its result is this one's, too."""
+        task = shard.progress
+        assert task.published is not None
+        task.state = TaskState.FALLBACK if task.published_is_fallback else TaskState.REUSED
+        task.best_us, task.verified = task.published.median_us, True
+        ended = sm.TellEnded(
+            task.index,
+            lease.token,
+            "published",
+            0,
+            verified=True,
+            best_us=task.published.median_us,
+            best_trial_id=task.best_trial_id,
+            fallback=task.published_is_fallback,
+            baseline_us=task.baseline_us,
+            reused=task.reused,
+        )
+        self._release(shard, lease, out)
+        self._over(shard, lease, ended, out)
+
+    def _release(self, shard: ShardTask, lease: Lease, out: list[sm.Instruction]) -> None:
+        if lease.claim:
+            shard.claimed = False
+            out.append(sm.ReleaseClaim(shard.progress.index))
 
     def _end(self, shard: ShardTask, lease: Lease, reason: str, error: str, out: list[sm.Instruction]) -> None:
         if not shard.progress.state.final:
@@ -346,4 +416,4 @@ class ShardMachine:
         shard.winding_down.pop(lease.token, None)
         recent = {token: at_s for token, at_s in shard.ended_at_s.items() if self._now_s - at_s <= self.lease_s}
         shard.ended_at_s = recent | {lease.token: self._now_s}
-        out.append(replace(ended, measured=lease.measured))
+        out.append(replace(ended, measured=lease.measured, holder=lease.holder))

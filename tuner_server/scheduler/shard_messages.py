@@ -31,6 +31,22 @@ class KnownFound:
 
 
 @dataclass(frozen=True)
+class ClaimAnswered:
+    """What came of a claim; see :class:`tuner_server.scheduler.task_claims.Taken`."""
+
+    task: int
+    holder: str = ""
+    fresh: bool = True
+
+
+@dataclass(frozen=True)
+class ClaimLost:
+    """A claim could not be renewed: the job's other instances are done with the task, or another job has taken it."""
+
+    task: int
+
+
+@dataclass(frozen=True)
 class LeaseRevoked:
     """The client takes a lease back. One that is not held is no matter."""
 
@@ -64,7 +80,18 @@ class Tick:
     now_s: float
 
 
-Event = m.Event | LaneOpened | LaneClosed | KnownFound | LeaseRevoked | AllRevoked | Stopped | Tick
+Event = (
+    m.Event
+    | LaneOpened
+    | LaneClosed
+    | KnownFound
+    | ClaimAnswered
+    | ClaimLost
+    | LeaseRevoked
+    | AllRevoked
+    | Stopped
+    | Tick
+)
 
 # Instructions
 
@@ -72,6 +99,20 @@ Event = m.Event | LaneOpened | LaneClosed | KnownFound | LeaseRevoked | AllRevok
 @dataclass(frozen=True)
 class LookUp:
     """Find out what the store holds for a task."""
+
+    task: int
+
+
+@dataclass(frozen=True)
+class TakeClaim:
+    """Claim a task for the job."""
+
+    task: int
+
+
+@dataclass(frozen=True)
+class ReleaseClaim:
+    """The job is done with a task: others may have it."""
 
     task: int
 
@@ -112,7 +153,9 @@ class TellEnded:
     fallback: bool = False
     error: str = ""
     baseline_us: float | None = None
+    holder: str = ""
+    reused: int = 0
 
 
 Tell = TellBaseline | TellTrial | TellEnded
-Instruction = m.Instruction | LookUp | Tell
+Instruction = m.Instruction | LookUp | TakeClaim | ReleaseClaim | Tell

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 from tuner_core.errors import TunerError, UnavailableError
 from tuner_core.proto.tuner.v1 import leases_pb2, tuning_pb2
@@ -22,6 +23,7 @@ from tuner_server.scheduler.progress import TaskPlan
 from tuner_server.scheduler.report import JobFacts, device_facts, queued_status, running_status
 from tuner_server.scheduler.shard_events import EventLog
 from tuner_server.scheduler.shard_machine import ShardMachine
+from tuner_server.scheduler.task_claims import TTL_S, TaskClaims
 from tuner_server.scheduler.transfer import Transfer
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class ShardRun:
         tokens: Newest token seen of each task, by index.
         elapsed_s: Time that earlier lives had partitions.
         on_change: Called after every event, with a line for people or an empty string.
+        claim_ttl_s: How long the job's claims last without renewal.
 
     Attributes:
         events: What the client is told.
@@ -58,6 +61,7 @@ class ShardRun:
         tokens: Mapping[int, int],
         elapsed_s: float,
         on_change: Callable[[str], None],
+        claim_ttl_s: float = TTL_S,
     ) -> None:
         spec = facts.spec
         self.facts = facts
@@ -74,12 +78,14 @@ class ShardRun:
         self._elapsed_s = elapsed_s
         self._working_since_s: float | None = None
         self._performer: Performer | None = None
-        self._inbox: asyncio.Queue[m.Instruction | sm.LookUp | BaseException] = asyncio.Queue()
+        self._inbox: asyncio.Queue[m.Instruction | sm.LookUp | sm.TakeClaim | BaseException] = asyncio.Queue()
         self._look_ups: set[asyncio.Task[None]] = set()
+        self._claims = TaskClaims(store, facts.job, claim_ttl_s)  # in the name of the job: its instances are one holder
+        self._claiming: set[asyncio.Task[None]] = set()
         self._wanted = asyncio.Event()
         self._model_turn = asyncio.Lock()
         self._model: asyncio.Future[m.ModelMeasured] | None = None
-        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
+        self._tasks = [asyncio.create_task(work) for work in (self._run(), self._tick(), self._keep_claims())]
 
     # Facts
 
@@ -117,13 +123,23 @@ class ShardRun:
 
     # Requests
 
-    def grant(self, index: int, token: int, trials: int, conclude: bool) -> None:
+    def grant(self, index: int, lease: leases_pb2.Lease) -> None:
         """Start a lease or extend it.
 
         Raises:
             UsageError, ConflictError: See :meth:`ShardMachine.check`.
         """
-        self._act(self.machine.grant(index, token, trials, conclude, time.monotonic()))
+        self._act(
+            self.machine.grant(
+                index,
+                lease.token,
+                lease.trials,
+                lease.conclude,
+                time.monotonic(),
+                claim=lease.claim,
+                take_over=lease.take_over,
+            )
+        )
 
     def renew(self, leases: list[tuple[int, int]]) -> list[int]:
         """Move deadlines; returns the tasks whose lease is lost."""
@@ -153,17 +169,21 @@ class ShardRun:
             finally:
                 self._model = None
 
-    async def stop(self, reason: str, error: TunerError | None = None) -> None:
+    async def stop(self, reason: str, error: TunerError | None = None, *, job_over: bool = False) -> None:
         """End all work at once; what was measured is stored, leases end, followers are told.
 
         Args:
             reason: Of the leases' end.
             error: What followers get in place of a proper end.
+            job_over: The job ends everywhere, and gives its claims back; else its other instances may need them.
         """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._give_up(reason, "" if error is None else str(error))
+        await asyncio.gather(*self._claiming, return_exceptions=True)
+        if job_over:
+            await self._claims.release_all()
         self.events.end(error)
 
     # Work
@@ -173,6 +193,8 @@ class ShardRun:
             match instruction:
                 case sm.TellBaseline() | sm.TellTrial() | sm.TellEnded():
                     self.events.publish(instruction)
+                case sm.ReleaseClaim():
+                    self._claim_work(self._claims.release(instruction.task))
                 case m.Say():
                     log.info("%s: %s", self.facts.job, instruction.message)
                     self._on_change(instruction.message)
@@ -195,6 +217,22 @@ class ShardRun:
         while True:
             await asyncio.sleep(interval_s)
             self.handle(sm.Tick(time.monotonic()))
+
+    async def _keep_claims(self) -> None:
+        while True:
+            await asyncio.sleep(self._claims.ttl_s / 3)
+            for index, shard in enumerate(self.machine.shards):
+                if shard.claimed and not await self._claims.renew(index) and shard.claimed:
+                    self.handle(sm.ClaimLost(index))
+
+    def _claim_work(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._claiming.add(task)
+        task.add_done_callback(self._claiming.discard)
+
+    async def _take_claim(self, performer: Performer, index: int) -> None:
+        taken = await self._claims.take(index, performer.key(index))
+        self.handle(sm.ClaimAnswered(index, taken.holder, taken.fresh))
 
     async def _run(self) -> None:
         spec = self.facts.spec
@@ -243,7 +281,7 @@ class ShardRun:
         self._performer.lane = lane
         self.handle(sm.LaneOpened(lane.limits))
 
-    def _perform(self, work: m.Instruction | sm.LookUp | BaseException) -> None:
+    def _perform(self, work: m.Instruction | sm.LookUp | sm.TakeClaim | BaseException) -> None:
         assert self._performer is not None
         if isinstance(work, BaseException):
             raise work
@@ -251,6 +289,8 @@ class ShardRun:
             look_up = asyncio.create_task(self._look_up(self._performer, work.task))
             self._look_ups.add(look_up)
             look_up.add_done_callback(self._look_ups.discard)
+        elif isinstance(work, sm.TakeClaim):
+            self._claim_work(self._take_claim(self._performer, work.task))
         else:
             self._performer.perform(work)
 

@@ -23,6 +23,9 @@ class Lease:
         promoting: The promotion has begun.
         ending: Why it ends early; empty while it runs.
         error: What went wrong.
+        claim: The task is worked on only while its claim is the job's.
+        take_over: What another job has published ends it.
+        holder: Who else holds the claim.
     """
 
     token: int
@@ -35,6 +38,9 @@ class Lease:
     promoting: bool = False
     ending: str = ""
     error: str = ""
+    claim: bool = False
+    take_over: bool = False
+    holder: str = ""
 
     @property
     def remaining(self) -> int:
@@ -53,6 +59,7 @@ class ShardTask:
         winding_down: Leases that end early, with trials under way.
         ended_at_s: When a lease ended, by token.
         looked_up: Whether the store's records are known; ``looking``: they are being looked up.
+        claimed: Whether this instance renews the job's claim; ``claiming``: it is being taken.
         baseline_asked: The baseline is being measured.
         baseline_error: Why there is none.
         spare: Candidates that were generated and not measured: the next lease begins with them.
@@ -68,6 +75,8 @@ class ShardTask:
     ended_at_s: dict[int, float] = field(default_factory=dict)
     looked_up: bool = False
     looking: bool = False
+    claimed: bool = False
+    claiming: bool = False
     baseline_asked: bool = False
     baseline_trial_id: str = ""
     baseline_error: str = ""
@@ -85,6 +94,16 @@ class ShardTask:
     def baseline_settled(self) -> bool:
         """Whether the baseline is known, or known not to be had."""
         return self.progress.baseline_us is not None or bool(self.baseline_error)
+
+    @property
+    def ready(self) -> bool:
+        """Whether what the lease rests on is there: the claim, if it needs one, and the store's records."""
+        return self.looked_up and (self.lease is None or self.claimed or not self.lease.claim)
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether the lease is to end with what another job has published."""
+        return self.lease is not None and self.lease.take_over and self.progress.published is not None
 
     @property
     def working(self) -> bool:

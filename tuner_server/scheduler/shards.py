@@ -168,7 +168,7 @@ class ShardSupervisor:
         log.info("%s: a part of %s, %d tasks, %d %%", job_id, spec.model, len(spec.tasks), spec.sm_percent)
         return job
 
-    async def grant(self, job_id: str, task: str, token: int, trials: int, conclude: bool) -> None:
+    async def grant(self, job_id: str, lease: leases_pb2.Lease) -> None:
         """Start a lease or extend it.
 
         Raises:
@@ -176,12 +176,12 @@ class ShardSupervisor:
             UsageError, ConflictError: See :meth:`ShardMachine.check`.
         """
         run = self._find(job_id)
-        index = _index(run, task)
-        if run.machine.check(index, token, trials):
-            await asyncio.to_thread(self._journal.note_token, job_id, task, token)
-            self._jobs[job_id].tokens[task] = token
+        index = _index(run, lease.task)
+        if run.machine.check(index, lease.token, lease.trials):
+            await asyncio.to_thread(self._journal.note_token, job_id, lease.task, lease.token)
+            self._jobs[job_id].tokens[lease.task] = lease.token
             run = self._find(job_id)  # it may have ended meanwhile
-        run.grant(index, token, trials, conclude)
+        run.grant(index, lease)
 
     def renew(self, job_id: str, leases: Sequence[tuple[str, int]]) -> list[str]:
         """Move deadlines.
@@ -259,7 +259,7 @@ class ShardSupervisor:
         async with self._changing:
             job = self._shard(job_id)
             if isinstance(job.run, ShardRun):
-                await self._retire(job, JobState.DONE, "", "revoked", None)
+                await self._retire(job, JobState.DONE, "", "revoked", None, job_over=True)
             elif job.state is JobState.STOPPED:
                 job.set_state(JobState.DONE, "")
                 await job.write(self._journal)
@@ -322,10 +322,19 @@ class ShardSupervisor:
         job.set_state(JobState.RUNNING, run.machine.phase)
         return run
 
-    async def _retire(self, job: Job, state: JobState, text: str, reason: str, error: TunerError | None) -> None:
+    async def _retire(
+        self,
+        job: Job,
+        state: JobState,
+        text: str,
+        reason: str,
+        error: TunerError | None,
+        *,
+        job_over: bool = False,
+    ) -> None:
         run = job.run
         assert isinstance(run, ShardRun)
-        await run.stop(reason, error)
+        await run.stop(reason, error, job_over=job_over)
         await asyncio.gather(*self._writes, return_exceptions=True)
         job.run, job.status, job.elapsed_s = None, run.status, run.elapsed_s
         self.trials_measured += run.trials_measured

@@ -1,36 +1,22 @@
-"""One job at a time tunes a task: claims in the record store tell jobs of other servers to wait for its records."""
+"""One job at a time tunes a task: a job waits for the records of tasks that other jobs have claimed."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
-from typing import TypeVar
 
-from tuner_core.errors import TunerError
-from tuner_core.model import RecordKey, canonical_json, sha256_hex
-from tuner_core.store.claims import Claims
+from tuner_core.model import RecordKey
 from tuner_core.store.interface import RecordStore
+from tuner_server.scheduler.task_claims import TTL_S, TaskClaims
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
-TTL_S = 30.0
-"""A holder that has not been heard of for so long is taken for dead."""
 POLL_S = 2.0
 
 
-def claim_key(key: RecordKey) -> str:
-    """What is claimed: a task, by everything that its records are looked up by."""
-    parts = [key.workload_digest, key.target_digest, key.device_model, key.sm_count, key.tvm_version]
-    return f"tune:{sha256_hex(canonical_json(parts))}"
-
-
 class SingleFlight:
-    """The claims of one job.
-
-    A store that cannot be reached, or keeps no claims, holds nothing up: tuning twice costs time, not records.
+    """The claims of one job, renewed while it runs, and those that it waits for.
 
     Args:
         store: Where the claims are.
@@ -49,13 +35,10 @@ class SingleFlight:
         ttl_s: float = TTL_S,
         poll_s: float = POLL_S,
     ) -> None:
-        self._store = store
-        self._holder = holder
+        self._claims = TaskClaims(store, holder, ttl_s)
         self._on_taken = on_taken
-        self._ttl_s = ttl_s
         self._poll_s = poll_s
-        self._mine: dict[int, tuple[str, int]] = {}
-        self._waiting: dict[int, str] = {}
+        self._waiting: dict[int, RecordKey] = {}
         self._keeper: asyncio.Task[None] | None = None
 
     async def begin(self, tasks: Mapping[int, RecordKey]) -> dict[int, str]:
@@ -68,24 +51,17 @@ class SingleFlight:
             Those that another job holds, with its name; they are claimed as soon as it lets go of them.
         """
         held: dict[int, str] = {}
-        claims = self._claims()
-        if claims is None:
-            return held
         for index, key in tasks.items():
-            name = claim_key(key)
-            if (holder := await self._take(claims, index, name)) is not None:
+            if holder := (await self._claims.take(index, key)).holder:
                 held[index] = holder
-                self._waiting[index] = name
-        if self._mine or self._waiting:
-            self._keeper = asyncio.create_task(self._keep(claims))
+                self._waiting[index] = key
+        if self._claims.held or self._waiting:
+            self._keeper = asyncio.create_task(self._keep())
         return held
 
     async def let_go(self, index: int) -> None:
         """Release a task that is finished; one that is not held is left alone."""
-        name, token = self._mine.pop(index, ("", 0))
-        claims = self._claims()
-        if name and claims is not None:
-            await self._try("release", partial(claims.release, name, token))
+        await self._claims.release(index)
 
     async def stop(self) -> None:
         """Release everything."""
@@ -93,46 +69,22 @@ class SingleFlight:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
         self._waiting.clear()
-        for index in list(self._mine):
-            await self.let_go(index)
+        await self._claims.release_all()
 
-    def _claims(self) -> Claims | None:
-        try:
-            return self._store.claims
-        except TunerError:
-            return None
-
-    async def _take(self, claims: Claims, index: int, name: str) -> str | None:
-        """Claim one task. Returns: who else holds it, None when it is this job's or nobody can say."""
-        claim = await self._try("claim", partial(claims.claim, name, self._holder, self._ttl_s))
-        if claim is not None and not claim.mine:
-            return claim.holder
-        if claim is not None:
-            self._mine[index] = (name, claim.token)
-        return None
-
-    async def _keep(self, claims: Claims) -> None:
+    async def _keep(self) -> None:
         """Renew what is held and look whether what is awaited has become free, until cancelled."""
         renewed_at = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(self._poll_s)
-            for index, name in list(self._waiting.items()):
-                if await self._take(claims, index, name) is None:
+            for index, key in list(self._waiting.items()):
+                if not (await self._claims.take(index, key)).holder:
                     del self._waiting[index]
                     await self._on_taken(index)
             now = asyncio.get_running_loop().time()
-            if now - renewed_at < self._ttl_s / 3:
+            if now - renewed_at < self._claims.ttl_s / 3:
                 continue
             renewed_at = now
-            for index, (name, token) in list(self._mine.items()):
-                kept = await self._try("renew", partial(claims.renew, name, token, self._ttl_s))
-                if kept is False and self._mine.get(index) == (name, token):
-                    log.warning("%s was overtaken on a task that it had claimed: it was out of reach", self._holder)
-                    del self._mine[index]
-
-    async def _try(self, what: str, action: Callable[[], _T]) -> _T | None:
-        try:
-            return await asyncio.to_thread(action)
-        except TunerError as error:
-            log.warning("cannot %s in the store (%s): another job may tune the same operators", what, error)
-            return None
+            for index in self._claims.held:
+                if not await self._claims.renew(index):
+                    holder = self._claims.holder
+                    log.warning("%s was overtaken on a task that it had claimed: it was out of reach", holder)

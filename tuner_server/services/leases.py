@@ -48,8 +48,7 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
     async def GrantLease(self, request: pb.GrantLeaseRequest, context: Context) -> pb.GrantLeaseResponse:
         """Start a lease or extend one."""
         self._check_owner(request.job, context)
-        lease = request.lease
-        await self._shards.grant(request.job, lease.task, lease.token, lease.trials, lease.conclude)
+        await self._shards.grant(request.job, request.lease)
         return pb.GrantLeaseResponse()
 
     @mapped

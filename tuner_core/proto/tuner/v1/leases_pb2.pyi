@@ -32,16 +32,20 @@ class OpenShardResponse(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., workers: _Optional[int] = ..., batch: _Optional[int] = ..., draining: bool = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("task", "token", "trials", "conclude")
+    __slots__ = ("task", "token", "trials", "conclude", "claim", "take_over")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     TRIALS_FIELD_NUMBER: _ClassVar[int]
     CONCLUDE_FIELD_NUMBER: _ClassVar[int]
+    CLAIM_FIELD_NUMBER: _ClassVar[int]
+    TAKE_OVER_FIELD_NUMBER: _ClassVar[int]
     task: str
     token: int
     trials: int
     conclude: bool
-    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., trials: _Optional[int] = ..., conclude: bool = ...) -> None: ...
+    claim: bool
+    take_over: bool
+    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., trials: _Optional[int] = ..., conclude: bool = ..., claim: bool = ..., take_over: bool = ...) -> None: ...
 
 class GrantLeaseRequest(_message.Message):
     __slots__ = ("job", "lease")
@@ -191,7 +195,7 @@ class TrialFinished(_message.Message):
     def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., trial_id: _Optional[str] = ..., latency_us: _Optional[float] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class LeaseEnded(_message.Message):
-    __slots__ = ("task", "token", "reason", "measured", "verified", "best_latency_us", "best_trial_id", "error", "fallback", "baseline_latency_us")
+    __slots__ = ("task", "token", "reason", "measured", "verified", "best_latency_us", "best_trial_id", "error", "fallback", "baseline_latency_us", "holder", "reused")
     TASK_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +206,8 @@ class LeaseEnded(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
     BASELINE_LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
     task: str
     token: int
     reason: str
@@ -212,4 +218,6 @@ class LeaseEnded(_message.Message):
     error: str
     fallback: bool
     baseline_latency_us: float
-    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., measured: _Optional[int] = ..., verified: bool = ..., best_latency_us: _Optional[float] = ..., best_trial_id: _Optional[str] = ..., error: _Optional[str] = ..., fallback: bool = ..., baseline_latency_us: _Optional[float] = ...) -> None: ...
+    holder: str
+    reused: int
+    def __init__(self, task: _Optional[str] = ..., token: _Optional[int] = ..., reason: _Optional[str] = ..., measured: _Optional[int] = ..., verified: bool = ..., best_latency_us: _Optional[float] = ..., best_trial_id: _Optional[str] = ..., error: _Optional[str] = ..., fallback: bool = ..., baseline_latency_us: _Optional[float] = ..., holder: _Optional[str] = ..., reused: _Optional[int] = ...) -> None: ...
