@@ -162,8 +162,8 @@ def _portions(cores: Sequence[int], count: int) -> list[Sequence[int]]:
         siblings = [[core] for core in cores]
     if len(siblings) < count:
         return [cores] * count
-    cuts = [index * len(siblings) // count for index in range(count + 1)]
-    return [list(itertools.chain(*siblings[first:end])) for first, end in itertools.pairwise(cuts)]
+    groups = [siblings[index * len(siblings) // count : (index + 1) * len(siblings) // count] for index in range(count)]
+    return [list(itertools.chain(*group)) for group in groups]
 
 
 async def _open_gpu(
