@@ -252,12 +252,13 @@ def test_a_model_is_built_without_and_with_traces(runner: asyncio.Runner, pool: 
     from tvm import relax
 
     module, digest = model_json()
-    built = runner.run(pool.build_model(module, LLVM, {digest: traces[0], "unused": traces[0]}))
-    assert built.coverage["tuned_calls"] == 2
-    assert built.coverage["unused"] == ["unused"]
+    untuned = runner.run(pool.build_model(module, LLVM, {}))
+    tuned = runner.run(pool.build_model(module, LLVM, {digest: traces[0], "unused": traces[0]}))
+    assert (untuned.coverage["tuned_calls"], tuned.coverage["tuned_calls"]) == (0, 2)
+    assert tuned.coverage["unused"] == ["unused"]
     a, b = np.random.default_rng(0).uniform(0.0, 0.1, (2, 64, 64)).astype("float32")
-    for artifact in (built.baseline, built.tuned):
-        machine = relax.VirtualMachine(tvm.runtime.load_module(str(artifact.path)), tvm.cpu())
+    for built in (untuned, tuned):
+        machine = relax.VirtualMachine(tvm.runtime.load_module(str(built.artifact.path)), tvm.cpu())
         output = machine["main"](tvm.runtime.tensor(a), tvm.runtime.tensor(b))
         np.testing.assert_allclose(output.numpy(), (a @ b + 1) @ b + 1, rtol=1e-4)
 

@@ -39,6 +39,7 @@ class SimulatedEngine:
         self.opened: dict[int, tuple[m.KnownTrial, ...]] = {}
         self.generated: Counter[int] = Counter()
         self.model_traces: Mapping[int, str] = {}
+        self.unmeasured_when_preparing: list[int] = []
 
     def run(self, known: Mapping[int, m.Known] | None = None) -> m.Finish:
         self._take(self.machine.handle(m.Started(known or {})))
@@ -62,6 +63,8 @@ class SimulatedEngine:
                     self.reported[instruction.task] += len(instruction.results)
                 case m.CloseSession() | m.Forget():
                     pass
+                case m.PrepareModel():
+                    self.unmeasured_when_preparing.append(self.machine.trials - sum(self.measured.values()))
                 case _:
                     self.pending.append(instruction)
         for index, task in enumerate(self.machine.tasks):
@@ -129,6 +132,13 @@ def test_two_batches_in_flight_of_each_task_and_no_more_in_all_than_allowed(seed
     engine.run()
     assert max(engine.most_batches.values()) == 2
     assert engine.most_in_all == 5
+
+
+def test_the_untuned_model_is_built_once_beside_the_last_trials() -> None:
+    engine = SimulatedEngine(machine_for(THREE, 200, batch=16), seed=3)
+    engine.run()
+    (unmeasured,) = engine.unmeasured_when_preparing
+    assert 0 < unmeasured <= 4 * 16, "not while the cores have candidates to build, and not after the last of them"
 
 
 def test_the_task_that_weighs_more_gets_more_trials() -> None:

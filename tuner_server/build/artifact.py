@@ -36,16 +36,14 @@ class FallbackBuild:
 
 @dataclass(frozen=True)
 class ModelBuild:
-    """A whole model, built twice.
+    """A whole model, built.
 
     Attributes:
-        baseline: With fallback schedules only.
-        tuned: With the traces that were given.
+        artifact: Its executable.
         args_info: One ``("TENSOR", dtype, shape)`` per parameter of ``main``: inputs, then lifted weights.
-        coverage: Of the tuned one, see ``tuner_core.compiler.apply.Coverage``.
+        coverage: Of the traces, see ``tuner_core.compiler.apply.Coverage``.
     """
 
-    baseline: Artifact
-    tuned: Artifact
+    artifact: Artifact
     args_info: tuple[tuple[str, str, tuple[int, ...]], ...]
     coverage: Mapping[str, Any]

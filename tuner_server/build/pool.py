@@ -126,26 +126,21 @@ class BuildPool:
         return out
 
     async def build_model(self, module_json: str, target_json: str, traces: Mapping[str, str]) -> ModelBuild:
-        """Build a whole model twice: with fallback schedules only, and with traces applied.
+        """Build a whole model.
 
         Args:
             module_json: The prepared module, its weights lifted to parameters.
             target_json: What to build for.
-            traces: Trace JSON by workload digest.
+            traces: Trace JSON by workload digest; other operators get the fallback schedule.
 
         Raises:
             TrialFailed: As :meth:`build`.
         """
-        baseline, tuned = self._new_path("so"), self._new_path("so")
-        args = {"module": module_json, "target": target_json, "traces": dict(traces)}
-        result = await self._run(
-            "model", {**args, "baseline": str(baseline), "tuned": str(tuned)}, MODEL_TIMEOUT_S, [baseline, tuned]
-        )
-        seconds = result["seconds"]
+        out = self._new_path("so")
+        args = {"module": module_json, "target": target_json, "traces": dict(traces), "out": str(out)}
+        result = await self._run("model", args, MODEL_TIMEOUT_S, [out])
         args_info = tuple((kind, dtype, tuple(shape)) for kind, dtype, shape in result["args_info"])
-        return ModelBuild(
-            Artifact(baseline, seconds["baseline"]), Artifact(tuned, seconds["tuned"]), args_info, result["coverage"]
-        )
+        return ModelBuild(Artifact(out, result["seconds"]), args_info, result["coverage"])
 
     def release(self, artifact: Artifact) -> None:
         """Delete an artifact that is not needed any more."""

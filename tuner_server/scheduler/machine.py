@@ -44,6 +44,7 @@ class JobMachine:
         self.model: m.ModelMeasured | None = None
         self._baselines_missing: set[int] = set()
         self._batch_ids = itertools.count()
+        self._preparing_model = False
         self._measuring_model = False
         self._warned_budget = False
 
@@ -203,6 +204,9 @@ class JobMachine:
         if self._choose(out):
             self._settle_unchosen()
             self._fill(out)
+            if self.unassigned == 0 and not self._preparing_model:
+                self._preparing_model = True
+                out.append(m.PrepareModel())
             self._end_tasks(out)
         if self.phase == "baseline" and not self._baselines_missing:
             self.phase = "search"

@@ -281,6 +281,11 @@ class Check:
 
 
 @dataclass(frozen=True)
+class PrepareModel:
+    """Begin to build the untuned model: no new candidate needs the cores."""
+
+
+@dataclass(frozen=True)
 class MeasureModel:
     """Build the model untuned and with these schedules (task index to trace), and measure both in turn."""
 
@@ -313,6 +318,7 @@ Instruction = (
     | Forget
     | Promote
     | Check
+    | PrepareModel
     | MeasureModel
     | Say
     | Finish

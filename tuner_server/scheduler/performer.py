@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.progress import TaskProgress
 from tuner_server.scheduler.report import JobFacts
 from tuner_server.scheduler.transfer import Transfer
+from tuner_server.scheduler.whole_model import WholeModel
 from tuner_server.search.messages import SearchFailed, SearchLost
 from tuner_server.trial import TrialFailed
 
@@ -62,6 +62,7 @@ class Performer:
         self._unbuilt: dict[tuple[int, str], asyncio.Task[None]] = {}
         self._opening: dict[int, asyncio.Task[None]] = {}
         self._references: dict[int, asyncio.Task[Path | None]] = {}
+        self._model = WholeModel(facts.spec, lane)
         self._evaluator = lane.evaluator
         if facts.spec.HasField("evaluator"):
             asked = facts.spec.evaluator
@@ -108,6 +109,8 @@ class Performer:
                 self._start(self._promote(instruction))
             case m.Check():
                 self._start(self._check(instruction))
+            case m.PrepareModel():
+                self._model.prepare()
             case m.MeasureModel():
                 self._start(self._measure_model(instruction))
 
@@ -369,25 +372,8 @@ class Performer:
     # Model
 
     async def _measure_model(self, wanted: m.MeasureModel) -> None:
-        spec = self.facts.spec
-        if not spec.lifted_module_zlib:
-            self._emit(m.ModelMeasured(None, None, None))
-            return
         traces = {self.workloads[index].digest: trace for index, trace in wanted.traces.items()}
-        artifacts: list[Artifact] = []
-        try:
-            module = zlib.decompress(spec.lifted_module_zlib).decode()
-            built = await self.lane.build.build_model(module, self.lane.target_json, traces)
-            artifacts = [built.baseline, built.tuned]
-            async with self.lane.fleet.exclusive() as alone:
-                result = await alone.measure_models(built.baseline.path, built.tuned.path, built.args_info)
-            event = m.ModelMeasured(result.baseline_us, result.tuned_us, result.outputs_match)
-        except TrialFailed as failure:
-            event = m.ModelMeasured(None, None, None, f"the whole model could not be measured: {failure}")
-        finally:
-            for artifact in artifacts:
-                self.lane.build.release(artifact)
-        self._emit(event)
+        self._emit(await self._model.measure(traces))
 
     # End
 
@@ -397,6 +383,7 @@ class Performer:
         for work in list(self._work):
             work.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
+        await self._model.stop()
         for index in list(self._references):
             await self._drop_reference(index)
         for index in list(self._opening):
