@@ -23,6 +23,7 @@ class Bench:
         self.machine = LeaseMachine(plans, trials, LeaseSettings(heartbeat_s=H, wait_s=wait_s), **more)
         self.now = 0.0
         self.trial = 0
+        self.tokens: set[int] = set()
 
     def feed(self, kind: Any, *values: Any, **named: Any) -> list[m.Instruction]:
         return self.machine.handle(kind(self.now, *values, **named))
@@ -44,6 +45,7 @@ class Bench:
         out: list[m.Instruction] = []
         for _ in range(count):
             self.trial += 1
+            self.tokens.add(token)
             out += self.feed(m.TrialFinished, instance, task, token, f"trial{self.trial}", us)
         return out
 
@@ -60,7 +62,7 @@ class Bench:
     def leases(self) -> dict[str, tuple[str, int]]:
         """Task to instance and token."""
         tasks = self.machine.board.tasks.values()
-        return {task.plan.name: (task.lease.instance, task.lease.token) for task in tasks if task.lease}
+        return {task.plan.name: (one.instance, one.token) for task in tasks for one in task.leases.values()}
 
 
 def grants(out: list[m.Instruction]) -> list[m.Grant]:
@@ -90,8 +92,8 @@ def test_a_lease_is_extended_under_its_token_before_it_runs_dry() -> None:
     for _ in range(20):
         out = bench.accept(bench.measure("a", "t0", token, 4))
         assert {one.token for one in grants(out)} <= {token}
-        lease = bench.machine.board.tasks["t0"].lease
-        assert lease is not None and lease.outstanding >= BATCH
+        (lease,) = bench.machine.board.tasks["t0"].leases.values()
+        assert lease.outstanding >= BATCH
 
 
 def test_a_silent_instance_loses_its_leases_within_two_heartbeats_and_they_run_elsewhere_under_newer_tokens() -> None:
@@ -114,12 +116,72 @@ def test_the_next_holder_gets_the_records_before_the_lease() -> None:
     bench = Bench(tasks=1, trials=100)
     bench.accept(bench.join("a"))
     bench.measure("a", "t0", bench.leases()["t0"][1], 4)
-    bench.join("b")
-    out = bench.feed(m.InstanceGone, "a", "is gone")
+    bench.feed(m.InstanceGone, "a", "is gone")
+    out = bench.join("b")
     (warm,) = (one for one in out if isinstance(one, m.Warm))
     assert warm.instance == "b" and not grants(out)
     (grant,) = grants(bench.feed(m.Warmed, "b", "t0", warm.token))
     assert grant.token == warm.token
+
+
+def test_instances_without_a_task_of_their_own_join_others_under_tokens_of_their_own() -> None:
+    bench = Bench(tasks=1, trials=100)
+    bench.accept(bench.join("a"))
+    bench.accept(bench.join("b"))
+    task = bench.machine.board.tasks["t0"]
+    assert set(task.leases) == {"a", "b"}
+    first, second = task.leases["a"].token, task.leases["b"].token
+    assert first != second
+    bench.feed(m.TrialFinished, "a", "t0", first, "same", 5.0)
+    bench.feed(m.TrialFinished, "b", "t0", second, "same", 5.0)  # both searches came upon it
+    bench.feed(m.TrialFinished, "b", "t0", second, "other", 6.0)
+    bench.feed(m.TrialFinished, "b", "t0", first, "forged", 6.0)
+    assert list(task.counted) == ["same", "other"]
+    bench.feed(m.InstanceGone, "a", "is gone")
+    assert set(task.leases) == {"b"}
+    assert bench.machine.board.unassigned == 98 - task.leases["b"].outstanding
+
+
+def test_a_task_that_several_tuned_is_promoted_once_by_one_that_has_the_records_of_all() -> None:
+    bench = Bench(tasks=1, trials=48)
+    bench.accept(bench.join("a"))
+    bench.accept(bench.join("b"))
+    seen: list[m.Instruction] = []
+    while not any(isinstance(one, m.Warm) for one in seen):
+        for name in ("a", "b"):
+            lease = bench.machine.board.tasks["t0"].leases.get(name)
+            if lease is not None and lease.outstanding:
+                bench.accept(bench.measure(name, "t0", lease.token, lease.outstanding))
+            elif lease is not None:
+                seen += bench.feed(m.LeaseEnded, name, "t0", lease.token, "measured")
+    assert len(bench.machine.board.tasks["t0"].counted) == 48
+    (warm,) = (one for one in seen if isinstance(one, m.Warm))
+    (grant,) = grants(bench.feed(m.Warmed, warm.instance, "t0", warm.token))
+    assert grant.conclude
+    assert grant.token > max(bench.tokens) + 1  # a gap: the instance has to look up what the other measured
+
+
+def test_a_restarted_instance_gets_the_records_again_because_its_store_may_be_new() -> None:
+    bench = Bench(tasks=1, trials=100)
+    bench.accept(bench.join("a"))
+    bench.measure("a", "t0", bench.leases()["t0"][1], 4)
+    assert any(isinstance(one, m.Warm) for one in bench.join("a", "2"))
+
+
+def test_towards_the_end_slices_shrink_so_that_all_instances_end_together() -> None:
+    bench = Bench(tasks=4, trials=160)
+    bench.join("a"), bench.join("b")
+    one = bench.machine.board.instances
+    while bench.machine.board.unassigned:
+        bench.accept([])
+        for task in bench.machine.board.tasks.values():
+            for lease in list(task.leases.values()):
+                bench.accept(bench.feed(m.Warmed, lease.instance, lease.task, lease.token))
+                bench.feed(m.LeaseAccepted, lease.instance, lease.task, lease.token)
+                bench.measure(lease.instance, lease.task, lease.token, min(2, lease.outstanding))
+                if not lease.outstanding:
+                    bench.feed(m.LeaseEnded, lease.instance, lease.task, lease.token, "measured")
+    assert max(one["a"].outstanding, one["b"].outstanding) <= BATCH
 
 
 def test_late_and_repeated_results_are_not_counted() -> None:
@@ -168,7 +230,7 @@ def test_baselines_of_operators_that_are_not_tuned_are_spread_too() -> None:
     bench.accept(bench.join("a"))
     bench.accept(bench.join("b"))
     assert {instance for instance, _ in bench.leases().values()} == {"a", "b"}
-    assert all(lease.lease and lease.lease.trials == 0 for lease in bench.machine.board.tasks.values())
+    assert all(one.trials == 0 for task in bench.machine.board.tasks.values() for one in task.leases.values())
 
 
 def test_a_drained_instance_gives_its_leases_back_and_gets_none() -> None:
@@ -178,8 +240,8 @@ def test_a_drained_instance_gives_its_leases_back_and_gets_none() -> None:
     bench.join("b")
     out = bench.feed(m.Heard, "a", True)
     assert m.Revoke("a", "t0", token) in out
-    out = bench.accept(bench.feed(m.LeaseEnded, "a", "t0", token, "revoked"))
-    assert {one.instance for one in grants(out)} == {"b"}
+    bench.accept(bench.feed(m.LeaseEnded, "a", "t0", token, "revoked"))
+    assert {instance for instance, _ in bench.leases().values()} == {"b"}
 
 
 def test_without_instances_a_job_waits_and_says_so_once() -> None:

@@ -51,7 +51,7 @@ def check(world: World, seed: int) -> None:
     for task in board.tasks.values():
         assert task.counted.keys() <= world.store[task.plan.name].keys(), seed
         assert sum(task.by_instance.values()) == len(task.counted) + (not task.plan.tunable), seed
-        assert task.lease is None
+        assert not task.leases
         if task.plan.tunable:  # every task gets its trials
             assert len(task.counted) >= MIN_TRIALS, seed
             assert task.state is TaskState.TUNED, seed

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
+import zlib
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from tuner_core.leases.machine import LeaseMachine
 from tuner_core.leases.state import LeaseSettings
 from tuner_core.model import JobState, RecordKey, target_digest
 from tuner_core.proto.tuner.v1 import leases_pb2 as pb
+from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_core.store.interface import RecordStore
 
 OPEN_TIMEOUT_S = 120.0
@@ -229,7 +231,10 @@ class ShardDriver:
         assert link.facts is not None
         if reason := mismatch(link.facts, facts, target_given=self._target_given):
             raise ConflictError(reason)
-        request = pb.OpenShardRequest(job=self._job.job, spec=self._job.spec, lease_s=self._settings.lease_s)
+        spec = tuning_pb2.JobSpec()
+        spec.CopyFrom(self._job.spec)
+        spec.seed += zlib.crc32(link.address.encode())  # two searches of one task shall not propose the same
+        request = pb.OpenShardRequest(job=self._job.job, spec=spec, lease_s=self._settings.lease_s)
         opened = await link.connection.call(link.leases.OpenShard, request, OPEN_TIMEOUT_S)
         if opened.incarnation != link.incarnation:
             link.incarnation, link.sequence, link.cursor, link.holds = opened.incarnation, 0, None, set()

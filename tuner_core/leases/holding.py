@@ -9,28 +9,31 @@ from tuner_core.model import TaskState
 
 
 def find(board: Board, instance: str, task: str, token: int) -> Lease | None:
-    """The task's present lease, if it is this one."""
-    ledger = board.tasks.get(task)
-    lease = ledger.lease if ledger is not None else None
-    return lease if lease is not None and (lease.token, lease.instance) == (token, instance) else None
+    """A lease that runs; None when it is over, or never was."""
+    one = board.instances.get(instance)
+    lease = one.leases.get(task) if one is not None else None
+    return lease if lease is not None and lease.token == token else None
 
 
 def place(board: Board, step: placement.Place, out: list[m.Instruction]) -> None:
     """Lease a task; its records go first where the instance may not have them."""
     task, one = step.task, step.instance
-    task.last_token += 1
+    foreign = task.foreign(one.name)
+    warm = foreign != task.seen.get(one.name, 0)
+    task.last_token += 2 if warm else 1  # an instance that misses a token looks up the task's records anew
     token = (board.epoch << EPOCH_BITS) | task.last_token
-    lease = Lease(task.plan.name, token, one.name, step.trials, step.conclude, board.now_s)
-    task.lease = one.leases[lease.task] = lease
+    lease = Lease(task.plan.name, token, one.name, step.trials, step.conclude, board.now_s, foreign=foreign)
+    shared = bool(task.leases)
+    task.leases[one.name] = one.leases[lease.task] = lease
     task.new_trials += step.trials
     board.unassigned -= step.trials
     if not step.trials and not step.conclude:
         task.baseline_attempts += 1
-    elif task.home != one.name:
+    elif task.home != one.name and not shared:
         task.home, task.moved_s = one.name, board.now_s
     if task.plan.tunable:
         task.state = TaskState.RUNNING
-    if task.holder != one.name and (task.known or task.late):
+    if warm:
         out.append(m.Warm(one.name, lease.task, token))
     else:
         grant(board, lease, out)
@@ -57,6 +60,7 @@ def warmed(board: Board, event: m.Warmed, out: list[m.Instruction]) -> None:
     """The records are there: the lease can be given."""
     lease = find(board, event.instance, event.task, event.token)
     if lease is not None and lease.phase is Phase.WARMING:
+        board.tasks[lease.task].seen[lease.instance] = lease.foreign
         grant(board, lease, out)
 
 
@@ -72,7 +76,7 @@ def revoke(board: Board, lease: Lease, out: list[m.Instruction]) -> None:
 def release(board: Board, lease: Lease, *, ended: bool = False) -> None:
     """The lease is over here: what it did not measure goes back into the budget."""
     task, one = board.tasks[lease.task], board.instances[lease.instance]
-    task.lease = None
+    del task.leases[lease.instance]
     del one.leases[lease.task]
     left = lease.outstanding
     task.new_trials -= left

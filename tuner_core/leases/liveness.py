@@ -62,7 +62,7 @@ def slow(board: Board) -> list[InstanceState]:
         if elapsed_s < grace_s:
             continue
         others = [
-            rate for other in board.instances.values() if other is not one and (rate := _rate(other, board.now_s))
+            speed for other in board.instances.values() if other is not one and (speed := rate(other, board.now_s))
         ]
         if not others:
             continue
@@ -78,7 +78,8 @@ def slow(board: Board) -> list[InstanceState]:
     return found
 
 
-def _rate(one: InstanceState, now_s: float) -> float | None:
+def rate(one: InstanceState, now_s: float) -> float | None:
+    """Trials per second of an instance, measured lately; None when it has not had enough of them."""
     if one.rate is not None:
         return one.rate
     if one.window_since_s is not None and one.window_trials >= JUDGED_TRIALS // 2 and now_s > one.window_since_s:

@@ -18,6 +18,9 @@ def join(board: Board, event: m.InstanceJoined, out: list[m.Instruction]) -> Non
         one.stale.clear()
         if board.model_at == one.name:
             board.model_at = None
+        for ledger in board.tasks.values():  # its store may have begun anew, too
+            ledger.seen.pop(one.name, None)
+            ledger.produced[""] += ledger.produced.pop(one.name, 0)
     elif not one.alive:
         out.append(m.Say(f"{one.name} is back"))
     if not one.alive or one.incarnation != event.incarnation:

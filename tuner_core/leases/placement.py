@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
+from tuner_core.leases import liveness
 from tuner_core.leases.state import Board, InstanceState, Lease, Phase, TaskLedger
 
 WORTH_TAKING = 0.25
@@ -57,7 +59,7 @@ def _baseline(board: Board, usable: list[InstanceState]) -> Step | None:
     waiting = [
         task
         for task in board.tasks.values()
-        if not task.baseline_known and task.lease is None and not task.chosen and not task.state.final
+        if not task.baseline_known and not task.leases and not task.chosen and not task.state.final
     ]
     if not waiting:
         return None
@@ -71,73 +73,134 @@ def _expected(task: TaskLedger) -> tuple[float, int]:
     return (task.plan.weight * task.plan.cost, -task.index)
 
 
+@dataclass(frozen=True)
+class _Outlook:
+    """What one decision about trials looks at, worked out once.
+
+    Attributes:
+        tasks: Those that may get trials.
+        gains: Of these, by index; ``top`` is the best that is known.
+        outstanding: Trials leased to an instance that have not been counted, by name.
+        ahead: How many may be, of instances that take leases.
+        reserved: Trials that must stay for tasks that have not had their least.
+        crowded: An instance holds several searches, of which another could have one.
+    """
+
+    tasks: list[TaskLedger]
+    gains: dict[int, float]
+    top: float
+    outstanding: dict[str, int]
+    ahead: dict[str, int]
+    reserved: int
+    crowded: bool
+
+    def room(self, one: InstanceState) -> int:
+        """Trials that the instance may get now."""
+        return self.ahead[one.name] - self.outstanding[one.name]
+
+    def grain(self, one: InstanceState) -> int:
+        """The fewest trials worth a message: half a batch, towards the end one trial for each worker."""
+        half = max(1, one.batch // 2)
+        return half if self.ahead[one.name] >= one.batch * BUSY_BATCHES else min(half, one.workers)
+
+
+def _outlook(board: Board, usable: list[InstanceState], tasks: list[TaskLedger]) -> _Outlook:
+    outstanding = {one.name: one.outstanding for one in board.instances.values()}
+    gains = {task.index: task.gain() for task in tasks}
+    searches = (sum(lease.trials > 0 for lease in one.leases.values()) for one in usable)
+    return _Outlook(
+        tasks=tasks,
+        gains=gains,
+        top=max((gain for gain in gains.values() if gain != math.inf), default=0.0),
+        outstanding=outstanding,
+        ahead=_ahead(board, usable, board.unassigned + sum(outstanding.values())),
+        reserved=sum(task.missing for task in tasks) if board.leased() else 0,
+        crowded=any(count > 1 for count in searches),
+    )
+
+
+def _ahead(board: Board, usable: list[InstanceState], left: int) -> dict[str, int]:
+    """Trials that may be leased to each instance ahead of its results.
+
+    The fastest have ``ahead_batches``, the others what they measure in the same time. Towards the end no more than half
+    of an instance's part of the ``left`` ones, by its speed: slices shrink, and all end together (guided
+    self-scheduling, Polychronopoulos and Kuck 1987).
+    """
+    rates = {one.name: liveness.rate(one, board.now_s) for one in usable}
+    known = [rate for rate in rates.values() if rate is not None]
+    typical = statistics.fmean(known) if known else 1.0
+    speeds = {name: typical if rate is None else rate for name, rate in rates.items()}
+    fastest, total = max(speeds.values()), sum(speeds.values())
+    found = {}
+    for one in usable:
+        speed = speeds[one.name]
+        least = min(one.batch, one.workers)
+        part = left * speed / total / 2
+        usual = max(one.batch, board.settings.ahead_batches * one.batch * speed / fastest)
+        found[one.name] = max(least, math.ceil(min(part, usual)))
+    return found
+
+
 def _search(board: Board, usable: list[InstanceState]) -> Step | None:
     if board.unassigned <= 0:
         return None
     tasks = board.open_tasks()
     if not tasks:
         return None
-    gains = {task.index: task.gain() for task in tasks}
-    reserved = sum(task.missing for task in tasks) if board.leased() else 0
+    outlook = _outlook(board, usable, tasks)
     homed = {one.name: 0.0 for one in usable}
     for task in tasks:
         if task.home in homed:
             homed[task.home] += _expected(task)[0]
-    rooms = []
-    for one in usable:
-        room = board.ahead(one, usable) - one.outstanding
-        if room > 0:
-            rooms.append((one.outstanding / one.batch, homed[one.name], one.name, room, one))
-    for _, _, _, room, instance in sorted(rooms, key=lambda entry: entry[:3]):
-        step = _trials_for(board, instance, room, tasks, gains, reserved)
-        if step is not None:
+    for one in sorted(usable, key=lambda one: (outlook.outstanding[one.name] / one.batch, homed[one.name], one.name)):
+        room = outlook.room(one)
+        if room <= 0 or (outlook.outstanding[one.name] and room < outlook.grain(one)):
+            continue
+        if (step := _trials_for(board, one, outlook)) is not None:
             return step
     return None
 
 
-def _trials_for(
-    board: Board,
-    instance: InstanceState,
-    room: int,
-    tasks: list[TaskLedger],
-    gains: dict[int, float],
-    reserved: int,
-) -> Step | None:
-    """The best task for an instance with room: its own, one without a home, else another's that it has no time for."""
+def _trials_for(board: Board, instance: InstanceState, outlook: _Outlook) -> Step | None:
+    """The best task for an instance with room.
+
+    Its own or one without a home; else another's that it has no time for; else one that others are at, together.
+    """
     batch = instance.batch
-    usable = board.usable()
-    full = {one.name for one in usable if board.ahead(one, usable) - one.outstanding < one.batch // 2}
+    full = {name for name, ahead in outlook.ahead.items() if ahead - outlook.outstanding[name] < batch // 2}
+    worth_opening = not outlook.crowded and outlook.room(instance) >= batch // 2  # one more search of the same task
     mine: list[TaskLedger] = []
     others: list[TaskLedger] = []
-    for task in tasks:
-        if board.unassigned <= max(0, reserved - task.missing):
+    together: list[TaskLedger] = []
+    for task in outlook.tasks:
+        if board.unassigned <= max(0, outlook.reserved - task.missing):
             continue
-        if task.lease is not None:
-            lease = task.lease
-            ahead = (board.settings.task_ahead_batches - 1) * batch
-            if lease.instance == instance.name and lease.extensible and lease.outstanding <= ahead:
+        if (lease := task.leases.get(instance.name)) is not None:
+            if lease.extensible and lease.outstanding <= (board.settings.task_ahead_batches - 1) * batch:
                 mine.append(task)
+        elif task.leases:
+            if worth_opening and all(lease.extensible for lease in task.leases.values()):
+                together.append(task)
         elif task.home == instance.name or not _is_home(board, task):
             mine.append(task)
         elif task.home in full and board.now_s - task.moved_s > SETTLED_HEARTBEATS * board.settings.heartbeat_s:
             others.append(task)
-    top = max((gain for gain in gains.values() if gain != math.inf), default=0.0)
+    gains = outlook.gains
     best = max(mine, key=lambda task: (gains[task.index], *_expected(task)), default=None)
-    if best is None or gains[best.index] < WORTH_TAKING * top:
-        if instance.outstanding >= BUSY_BATCHES * batch:
+    if best is None or gains[best.index] < WORTH_TAKING * outlook.top:
+        if outlook.outstanding[instance.name] >= BUSY_BATCHES * batch:
             return None
         floor = gains[best.index] / WORTH_TAKING if best is not None else 0.0
-        better = [task for task in others if gains[task.index] > floor]
-        if better:
+        if better := [task for task in others if gains[task.index] > floor]:
             best = max(better, key=lambda task: (gains[task.index], *_expected(task)))
+        elif better := [task for task in together if gains[task.index] / (len(task.leases) + 1) > floor]:
+            best = max(better, key=lambda task: (gains[task.index] / (len(task.leases) + 1), *_expected(task)))
     if best is None:
         return None
-    count = min(batch, board.unassigned - max(0, reserved - best.missing))
-    if best.lease is not None:
-        # Less than a whole batch is not worth a message, unless it is the last.
-        if room < min(count, batch // 2) and best.lease.outstanding:
-            return None
-        return Extend(best.lease, count)
+    grain = outlook.grain(instance)
+    count = min(batch, max(grain, outlook.room(instance)), board.unassigned - max(0, outlook.reserved - best.missing))
+    if (held := best.leases.get(instance.name)) is not None:
+        return Extend(held, count)
     return Place(best, instance, count)
 
 
@@ -148,18 +211,33 @@ def _is_home(board: Board, task: TaskLedger) -> bool:
 
 
 def _conclusion(board: Board, usable: list[InstanceState]) -> Step | None:
-    """Promotion where the task was tuned; an idle instance takes it when that one has others to promote."""
-    if board.unassigned > 0 and any(task.open and task.lease is None for task in board.tasks.values()):
-        waiting = [task for task in board.tasks.values() if task.exhausted]
-    else:
-        waiting = list(board.tasks.values())
-    waiting = [t for t in waiting if t.plan.tunable and t.chosen and t.lease is None and not t.state.final]
-    ready = {one.name: one for one in usable if one.conclusions < board.settings.conclusions_at_once}
+    """Promotion where the task was tuned.
+
+    An idle instance takes it when that one has others to promote, any when that one is far slower.
+    """
+    waiting = [
+        task
+        for task in board.tasks.values()
+        if task.plan.tunable and task.chosen and not task.leases and not task.state.final
+    ]
+    if board.unassigned > 0:
+        # As many as there are batches left may still get one; the others can be promoted while the search goes on.
+        slices = math.ceil(board.unassigned / max(one.batch for one in usable))
+        by_gain = sorted((task for task in waiting if task.open), key=TaskLedger.gain, reverse=True)
+        stay = {task.index for task in by_gain[:slices]} | {task.index for task in by_gain if task.missing}
+        waiting = [task for task in waiting if task.index not in stay]
+    speeds = {one.name: liveness.rate(one, board.now_s) or math.inf for one in usable}
+    fastest = max((speed for speed in speeds.values() if speed != math.inf), default=0.0)
+    ready = {
+        one.name: one
+        for one in usable
+        if one.conclusions < board.settings.conclusions_at_once and speeds[one.name] * SLOWER_BY >= fastest
+    }
     for task in sorted(waiting, key=_expected, reverse=True):
         if task.home in ready:
             return Place(task, ready[task.home], 0, conclude=True)
-        free = [one for one in ready.values() if not _is_home(board, task) or not one.leases]
-        if free:
+        away = not _is_home(board, task) or speeds.get(task.home or "", math.inf) * SLOWER_BY < fastest
+        if free := [one for one in ready.values() if away or not one.leases]:
             return Place(task, min(free, key=lambda one: (len(one.leases), one.name)), 0, conclude=True)
     return None
 

@@ -68,12 +68,15 @@ def trial(board: Board, event: m.TrialFinished) -> bool:
     if lease is None:  # its record is kept, and the next holder may start from it
         if event.trial_id not in task.late:
             task.late.add(event.trial_id)
+            task.produced[one.name] += 1
             one.late += 1
         return False
     lease.counted += 1
     lease.changed_s = board.now_s
     one.trials += 1
     task.by_instance[one.name] += 1
+    if event.trial_id not in task.late:
+        task.produced[one.name] += 1
     task.counted[event.trial_id] = event.latency_us
     if event.latency_us is None:
         task.failures[event.failure or "run_error"] += 1

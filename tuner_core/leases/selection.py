@@ -23,6 +23,7 @@ def take_in(board: Board, trials: int, known: Mapping[str, TaskHistory]) -> None
         task.failures = Counter(have.failures)
         task.by_instance = Counter(have.by_instance)
         task.reused = have.reused
+        task.produced[""] = task.known
         task.best_us = have.best_us
         if have.published_id:
             task.best_us, task.best_trial_id = have.published_us, have.published_id
@@ -66,7 +67,7 @@ def choose(board: Board, out: list[m.Instruction]) -> None:
 def settle(board: Board) -> None:
     """Tasks that need no promotion are over when their baseline is known."""
     for task in board.tasks.values():
-        if task.state.final or task.lease is not None:
+        if task.state.final or task.leases:
             continue
         if task.plan.tunable and task.chosen and task.settled and board.unassigned <= 0 and not task.new_trials:
             task.state = TaskState.FALLBACK if task.settled_fallback else TaskState.REUSED

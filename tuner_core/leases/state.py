@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tuner_core.allocation.budget import MIN_TRIALS
@@ -106,6 +106,7 @@ class Lease:
     conclude: bool
     changed_s: float
     phase: Phase = Phase.WARMING
+    foreign: int = 0
     counted: int = 0
     closed: bool = False
     repeat: bool = False
@@ -123,7 +124,17 @@ class Lease:
 
 @dataclass
 class TaskLedger:
-    """One task: its trials, its lease, how it ends."""
+    """One task: its trials, its leases, how it ends.
+
+    Attributes:
+        counted: This job's trials that count, by id; ``late`` are those that came under a lease that was lost.
+        new_trials: Trials that were leased by this client, less those that came back unmeasured.
+        leases: By instance: more than one only while there are more instances than tasks for them.
+        produced: Trials with a record by who measured them; those known before under the empty name.
+        seen: How many of the others' an instance was given.
+        home: The instance where it goes on, because its search is warm there.
+        holder: The instance that was given the latest lease.
+    """
 
     plan: TaskPlan
     index: int
@@ -148,7 +159,9 @@ class TaskLedger:
     settled_fallback: bool = False
     attempts: int = 0
     last_token: int = 0
-    lease: Lease | None = None
+    leases: dict[str, Lease] = field(default_factory=dict)
+    produced: Counter[str] = field(default_factory=Counter)
+    seen: dict[str, int] = field(default_factory=dict)
     home: str | None = None
     holder: str = ""
     moved_s: float = -math.inf
@@ -166,8 +179,14 @@ class TaskLedger:
     @property
     def missing(self) -> int:
         """Trials that must stay reserved for it, so that one valid candidate can be promoted."""
-        leased = self.lease.outstanding if self.lease is not None else 0
-        return max(0, MIN_TRIALS - self.known - leased) if self.open else 0
+        need = MIN_TRIALS - self.known
+        if need <= 0 or not self.open:
+            return 0
+        return max(0, need - sum(lease.outstanding for lease in self.leases.values()))
+
+    def foreign(self, instance: str) -> int:
+        """Trials with a record that this instance did not measure."""
+        return self.produced.total() - self.produced[instance]
 
     def gain(self) -> float:
         """Expected reduction of the model's latency by its next trial, in microseconds; infinite without a trial."""
@@ -282,19 +301,4 @@ class Board:
 
     def leased(self) -> bool:
         """Whether any lease is out."""
-        return any(task.lease is not None for task in self.tasks.values())
-
-    def ahead(self, instance: InstanceState, usable: Iterable[InstanceState]) -> int:
-        """Trials that may be leased to an instance ahead of its results.
-
-        Towards the end no more than its part of what is left, by its speed, so that all end together.
-        """
-        rates = {one.name: one.rate for one in usable}
-        left = self.unassigned + sum(one.outstanding for one in self.instances.values())
-        known = [rate for rate in rates.values() if rate]
-        mine = rates.get(instance.name)
-        if mine and len(known) == len(rates):
-            part = left * mine / sum(known)
-        else:
-            part = left / max(1, len(rates))
-        return min(self.settings.ahead_batches * instance.batch, max(instance.batch, math.ceil(part)))
+        return any(task.leases for task in self.tasks.values())
