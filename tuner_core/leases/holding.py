@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tuner_core.leases import awaiting, placement
 from tuner_core.leases import messages as m
-from tuner_core.leases import placement
 from tuner_core.leases.state import EPOCH_BITS, Board, Lease, Phase
 from tuner_core.model import TaskState
 
@@ -23,10 +23,11 @@ def place(board: Board, step: placement.Place, out: list[m.Instruction]) -> None
     task.last_token += 2 if warm else 1  # an instance that misses a token looks up the task's records anew
     token = (board.epoch << EPOCH_BITS) | task.last_token
     lease = Lease(task.plan.name, token, one.name, step.trials, step.conclude, board.now_s, foreign=foreign)
+    lease.take_over = step.take_over
     shared = bool(task.leases)
     task.leases[one.name] = one.leases[lease.task] = lease
     task.new_trials += step.trials
-    board.unassigned -= step.trials
+    awaiting.pay(board, task, step.trials)
     if not step.trials and not step.conclude:
         task.baseline_attempts += 1
     elif task.home != one.name and not shared:
@@ -43,7 +44,7 @@ def grant(board: Board, lease: Lease, out: list[m.Instruction]) -> None:
     """Tell the instance."""
     lease.phase, lease.changed_s = Phase.GRANTING, board.now_s
     board.tasks[lease.task].holder = lease.instance
-    out.append(m.Grant(lease.instance, lease.task, lease.token, lease.trials, lease.conclude))
+    out.append(m.Grant(lease.instance, lease.task, lease.token, lease.trials, lease.conclude, lease.take_over))
 
 
 def extend(board: Board, step: placement.Extend, out: list[m.Instruction]) -> None:
@@ -80,7 +81,7 @@ def release(board: Board, lease: Lease, *, ended: bool = False) -> None:
     del one.leases[lease.task]
     left = lease.outstanding
     task.new_trials -= left
-    board.unassigned += left
+    awaiting.pay(board, task, -left)
     if not ended:
         one.stale.add((lease.task, lease.token))
 

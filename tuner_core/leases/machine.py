@@ -88,7 +88,7 @@ class LeaseMachine:
             case m.BaselineMeasured():
                 reports.baseline(board, event)
             case m.TrialFinished():
-                place = reports.trial(board, event)
+                place = reports.trial(board, event, out)
             case m.LeaseEnded():
                 reports.ended(board, event, out)
             case m.ModelMeasured():

@@ -126,10 +126,13 @@ class LeaseEnded:
     """A lease is over at the instance.
 
     Attributes:
-        reason: measured, exhausted, concluded, revoked, expired, draining or failed.
+        reason: measured, exhausted, concluded, revoked, expired, draining, failed; ``held`` by another job's claim, or
+            ``published`` by another job.
         verified: Concluded: the best is published.
-        fallback: Concluded: the best is the fallback schedule.
+        fallback: Concluded, published: the best is the fallback schedule.
         baseline_us: Concluded: the baseline, measured again alone like the best.
+        holder: Held: which job tunes the task.
+        reused: Published: trials of other jobs that the instance knows.
     """
 
     now_s: float
@@ -143,6 +146,8 @@ class LeaseEnded:
     fallback: bool = False
     error: str = ""
     baseline_us: float | None = None
+    holder: str = ""
+    reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,13 +224,18 @@ class Warm:
 
 @dataclass(frozen=True)
 class Grant:
-    """Start a lease, or extend the one with this token: ``trials`` is what it allows in all."""
+    """Start a lease, or extend the one with this token: ``trials`` is what it allows in all.
+
+    Attributes:
+        take_over: The task is awaited from another job: what that has published ends the lease.
+    """
 
     instance: str
     task: str
     token: int
     trials: int
     conclude: bool = False
+    take_over: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Place:
     instance: InstanceState
     trials: int
     conclude: bool = False
+    take_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,13 @@ def next_step(board: Board) -> Step | None:
     usable = board.usable()
     if not usable:
         return None
-    return _baseline(board, usable) or _search(board, usable) or _conclusion(board, usable) or _rebalance(board, usable)
+    return (
+        _baseline(board, usable)
+        or _ask_again(board, usable)
+        or _search(board, usable)
+        or _conclusion(board, usable)
+        or _rebalance(board, usable)
+    )
 
 
 def _baseline(board: Board, usable: list[InstanceState]) -> Step | None:
@@ -67,6 +74,17 @@ def _baseline(board: Board, usable: list[InstanceState]) -> Step | None:
     if instance.baselines >= board.settings.baselines_at_once:
         return None
     return Place(max(waiting, key=_expected), instance, 0)
+
+
+def _ask_again(board: Board, usable: list[InstanceState]) -> Step | None:
+    """A lease of a task that another job tunes: it ends with that job's result, or goes on after it."""
+    for task in board.tasks.values():
+        awaited = task.awaited
+        if awaited is not None and not task.leases and board.now_s >= awaited.ask_s:
+            one = min(usable, key=lambda one: (one.outstanding, one.name))
+            trials = min(one.batch, awaited.set_aside)
+            return Place(task, one, trials, conclude=not trials, take_over=not task.counted)
+    return None
 
 
 def _expected(task: TaskLedger) -> tuple[float, int]:
@@ -218,7 +236,7 @@ def _conclusion(board: Board, usable: list[InstanceState]) -> Step | None:
     waiting = [
         task
         for task in board.tasks.values()
-        if task.plan.tunable and task.chosen and not task.leases and not task.state.final
+        if task.plan.tunable and task.chosen and not task.leases and not task.state.final and task.awaited is None
     ]
     if board.unassigned > 0:
         # As many as there are batches left may still get one; the others can be promoted while the search goes on.

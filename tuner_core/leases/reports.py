@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuner_core.allocation import budget
-from tuner_core.leases import holding, membership
+from tuner_core.leases import awaiting, holding, membership
 from tuner_core.leases import messages as m
 from tuner_core.leases.state import Board, Phase, TaskLedger
 from tuner_core.model import TaskState
@@ -56,7 +56,7 @@ def baseline(board: Board, event: m.BaselineMeasured) -> None:
         task.by_instance[event.instance] += 1
 
 
-def trial(board: Board, event: m.TrialFinished) -> bool:
+def trial(board: Board, event: m.TrialFinished, out: list[m.Instruction]) -> bool:
     """Count a trial; whether the instance now has room for more."""
     membership.hear(board, event.instance)
     task, one = board.tasks.get(event.task), board.instances.get(event.instance)
@@ -71,6 +71,7 @@ def trial(board: Board, event: m.TrialFinished) -> bool:
             task.produced[one.name] += 1
             one.late += 1
         return False
+    taken = awaiting.taken(board, task, out)
     lease.counted += 1
     lease.changed_s = board.now_s
     one.trials += 1
@@ -84,7 +85,7 @@ def trial(board: Board, event: m.TrialFinished) -> bool:
         task.best_us = event.latency_us
     _note_history(task, event.latency_us)
     one.unplanned += 1
-    if one.unplanned < one.batch // 2 and one.outstanding > one.batch // 2:
+    if not taken and one.unplanned < one.batch // 2 and one.outstanding > one.batch // 2:
         return False  # nothing to decide yet, and this happens with every trial
     one.unplanned = 0
     return True
@@ -111,6 +112,8 @@ def ended(board: Board, event: m.LeaseEnded, out: list[m.Instruction]) -> None:
         return
     task = board.tasks[event.task]
     holding.release(board, lease, ended=True)
+    if event.reason in ("measured", "exhausted", "concluded", "failed"):
+        awaiting.taken(board, task, out)
     if event.reason == "draining":
         membership.drain(board, event.instance, out)
     elif event.reason == "exhausted":
@@ -119,6 +122,10 @@ def ended(board: Board, event: m.LeaseEnded, out: list[m.Instruction]) -> None:
             task.error = event.error
     elif event.reason == "concluded" and lease.conclude:
         _concluded(task, event)
+    elif event.reason == "held":
+        awaiting.held(board, task, event.holder or "another job", out)
+    elif event.reason == "published":
+        awaiting.published(task, event, out)
     elif event.reason == "failed":
         task.attempts += 1
         task.error = event.error or "the instance does not say why"

@@ -35,6 +35,7 @@ def take_in(board: Board, trials: int, known: Mapping[str, TaskHistory]) -> None
             task.state = TaskState.FALLBACK if have.published_fallback else TaskState.TUNED
         histories.append(budget.TaskHistory(task.known, task.settled))
     board.unassigned = budget.new_trials(trials, histories)
+    board.fair_trials = max(budget.MIN_TRIALS, trials // max(1, len(histories)))
 
 
 def choose(board: Board, out: list[m.Instruction]) -> None:
@@ -67,7 +68,7 @@ def choose(board: Board, out: list[m.Instruction]) -> None:
 def settle(board: Board) -> None:
     """Tasks that need no promotion are over when their baseline is known."""
     for task in board.tasks.values():
-        if task.state.final or task.leases:
+        if task.state.final or task.leases or task.awaited is not None:
             continue
         if task.plan.tunable and task.chosen and task.settled and board.unassigned <= 0 and not task.new_trials:
             task.state = TaskState.FALLBACK if task.settled_fallback else TaskState.REUSED

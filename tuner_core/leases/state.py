@@ -110,6 +110,7 @@ class Lease:
     counted: int = 0
     closed: bool = False
     repeat: bool = False
+    take_over: bool = False
 
     @property
     def outstanding(self) -> int:
@@ -120,6 +121,20 @@ class Lease:
     def extensible(self) -> bool:
         """Whether more trials may be added to it."""
         return not self.conclude and not self.closed and self.trials > 0 and self.phase is not Phase.REVOKING
+
+
+@dataclass
+class Awaited:
+    """A task that another job tunes.
+
+    Attributes:
+        set_aside: Trials for the case that nothing comes of that.
+        ask_s: When it is asked again.
+    """
+
+    holder: str
+    set_aside: int
+    ask_s: float
 
 
 @dataclass
@@ -165,11 +180,14 @@ class TaskLedger:
     home: str | None = None
     holder: str = ""
     moved_s: float = -math.inf
+    awaited: Awaited | None = None
 
     @property
     def open(self) -> bool:
         """Whether it may get trials."""
-        return self.plan.tunable and self.chosen and not self.exhausted and not self.state.final
+        return (
+            self.plan.tunable and self.chosen and not self.exhausted and not self.state.final and self.awaited is None
+        )
 
     @property
     def known(self) -> int:
@@ -274,6 +292,7 @@ class Board:
     instances: dict[str, InstanceState] = field(default_factory=dict)
     epoch: int = 1
     unassigned: int = 0
+    fair_trials: int = 0
     now_s: float = 0.0
     joined: bool = False
     chosen: bool = False
