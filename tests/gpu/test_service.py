@@ -15,7 +15,7 @@ from tests.integration.client_process import client
 from tests.integration.process_state import gone, wait_until
 from tests.integration.test_server_lifecycle import ServerProcess, job_status, server
 from tests.integration.tiny_models import write_tiny_cnn
-from tuner_core.model import JobState, Record
+from tuner_core.model import JobState, Origin, Record
 from tuner_core.store.interface import RecordFilter
 from tuner_core.store.open import open_store
 from tuner_server.gpu.mps import CONTROL, pipe_directory_for
@@ -107,14 +107,19 @@ def job_under_fire(folder: Path, options: tuple[str, ...], shots: list[Callable[
 
 
 def no_timing_is_poisoned(records: list[Record] | tuple[Record, ...]) -> None:
-    """Every timing is one of a kernel that ran: none far below the best that was measured alone and found right."""
+    """Every timing is one of a kernel that ran: none far below the best that was measured alone and found right.
+
+    Operators that are not worth trials have nothing but the timing of their fallback schedule.
+    """
+    searched = {record.workload_digest for record in records if record.origin is Origin.SEARCH}
+    assert searched
     for workload in {record.workload_digest for record in records}:
-        ours = [record for record in records if record.workload_digest == workload and record.median_us is not None]
-        alone = [record.median_us for record in ours if record.verified and record.median_us is not None]
-        assert alone, "nothing was verified"
-        for record in ours:
+        timed = [record for record in records if record.workload_digest == workload and record.median_us is not None]
+        alone = [record.median_us for record in timed if record.verified and record.median_us is not None]
+        assert alone or workload not in searched, f"nothing was verified: {timed}"
+        for record in timed:
             assert record.median_us is not None and math.isfinite(record.median_us)
-            assert min(record.latencies_us) > _IMPLAUSIBLE * min(alone), record
+            assert min(record.latencies_us) > _IMPLAUSIBLE * min(alone, default=0.0), record
 
 
 def test_a_job_completes_while_a_worker_the_mps_server_and_the_daemon_are_killed(short_dir: Path) -> None:

@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.integration.measured_libraries import VECTOR_ARGS
 from tuner_core.model import FailureKind
 from tuner_server.gpu.inventory import GpuInfo
 from tuner_server.gpu.lock import LOCK_DIRECTORY
-from tuner_server.measure.fleet import MeasureRequest, WorkerFleet
+from tuner_server.measure.fleet import Measurement, MeasureRequest, WorkerFleet
 from tuner_server.measure.gate import CoreGate
 from tuner_server.partitions.interface import Partition
 from tuner_server.partitions.mps import MpsPartitions
@@ -67,24 +68,44 @@ async def all_back(fleet: WorkerFleet) -> set[int]:
     return {worker.pid for worker in fleet.workers()}
 
 
-def test_all_workers_return_after_the_daemons_death_and_no_trial_is_lost(tmp_path: Path) -> None:
+def test_after_the_daemons_death_all_workers_return_and_neither_trial_nor_promotion_is_lost(tmp_path: Path) -> None:
     good = kernels.build("good", tmp_path, CPU)
     slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
 
     async def body() -> None:
         async with two_workers(tmp_path) as (fleet, provider):
+
+            async def measured_despite(kill: Callable[[], None], measuring: Coroutine[Any, Any, Measurement]) -> None:
+                in_flight = asyncio.create_task(measuring)
+                while not any(worker.state == "measuring" for worker in fleet.workers()):
+                    await asyncio.sleep(0.01)
+                kill()
+                measured = await in_flight  # void, and measured again
+                assert measured.median_us > 0 and measured.neighbours == 0
+
+            def kill_daemon() -> None:
+                assert provider.daemon.pid is not None
+                os.kill(provider.daemon.pid, signal.SIGKILL)
+
             before = await all_back(fleet)
-            in_flight = asyncio.create_task(fleet.measure(slow))
-            while not any(worker.state == "measuring" for worker in fleet.workers()):
-                await asyncio.sleep(0.01)
-            assert provider.daemon.pid is not None
-            os.kill(provider.daemon.pid, signal.SIGKILL)
-            assert (await in_flight).median_us > 0  # void, and measured again
+            await measured_despite(kill_daemon, fleet.measure(slow))
             assert before.isdisjoint(await all_back(fleet))
             assert await provider.daemon.healthy()
-            assert (await fleet.measure(kernels.request(good))).median_us > 0
+
+            async with fleet.exclusive() as alone:
+                outside = asyncio.create_task(fleet.measure(kernels.request(good)))
+                await measured_despite(kill_daemon, alone.measure(slow))
+                await measured_despite(lambda: os.kill(busy(fleet), signal.SIGKILL), alone.measure(slow))
+                assert (await alone.check(good, kernels.ARGS_INFO, None, fallback=good)).verdict == "ok"
+                assert not outside.done(), "a neighbour measured during the promotion"
+            assert (await outside).median_us > 0
 
     asyncio.run(body())
+
+
+def busy(fleet: WorkerFleet) -> int:
+    """Process id of the worker that measures."""
+    return next(worker.pid for worker in fleet.workers() if worker.state == "measuring")
 
 
 def test_a_worker_that_hangs_is_replaced_and_its_neighbour_is_not(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ class Device:
         finally:
             self.running.remove(end)
 
+    async def check(self, *_asked: object, sm_percent: int) -> str:
+        return await self.measure(MeasureRequest(Path("unused"), (), sm_percent=sm_percent))
+
     @contextlib.asynccontextmanager
     async def exclusive(self, sm_percent: int) -> AsyncIterator[str]:
         yield self.name
@@ -143,6 +146,44 @@ def test_a_device_that_gives_up_fails_a_request_only_when_no_other_has_a_worker(
         other.running[0].set_exception(UnavailableError("no worker can be started"))
         with pytest.raises(UnavailableError):
             await asked
+
+    asyncio.run(body())
+
+
+def test_a_promotion_begins_anew_on_another_device_when_its_own_gives_up() -> None:
+    async def body() -> None:
+        one, two = Device("one", 25), Device("two", 25)
+        fleet = lane(one, two)
+        tried: list[str] = []
+
+        async def promote(alone: Any) -> str:
+            tried.append(alone)
+            if len(tried) == 1:
+                (one if alone == "one" else two).states = ["lost"]
+                raise UnavailableError("no worker can be started")
+            return str(alone)
+
+        assert await fleet.alone(promote) == tried[1] != tried[0]
+        one.states = two.states = ["lost"]
+        tried.clear()
+        with pytest.raises(UnavailableError):
+            await fleet.alone(promote)
+        assert len(tried) == 1 and one.wanted_alone == two.wanted_alone == 0
+
+    asyncio.run(body())
+
+
+def test_a_check_goes_to_another_device_when_its_own_gives_up() -> None:
+    async def body() -> None:
+        one, two = Device("one", 25), Device("two", 25)
+        asked = asyncio.create_task(lane(one, two).check(Path("unused"), (), None))
+        await settle()
+        holder, other = (one, two) if one.running else (two, one)
+        holder.states = ["lost"]
+        holder.running[0].set_exception(UnavailableError("no worker can be started"))
+        await settle()
+        await finish(other)
+        assert await asked == other.name
 
     asyncio.run(body())
 

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from tuner_core.errors import UnavailableError
 from tuner_server.lanes.device import SharedDevice
@@ -17,6 +18,8 @@ from tuner_server.measure.inputs import ArgsInfo
 from tuner_server.measure.requests import CheckOutcome, Measurement, MeasureRequest, WorkerSnapshot
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _RECHECK_S = 0.5  # a worker that came back on another device is noticed then
 
@@ -59,21 +62,40 @@ class LaneFleet:
             TunerError: There is no worker on any device, and none can be started.
         """
         request = replace(request, sm_percent=self._sm_percent)
-        while True:
-            async with self._place() as device:
-                try:
-                    return await device.fleet.measure(request)
-                except UnavailableError as error:
-                    if self.capacity == 0:
-                        raise
-                    log.warning("%s: %s; measuring on another device", device.name, error)
+
+        async def on(device: SharedDevice) -> Measurement:
+            return await device.fleet.measure(request)
+
+        return await self._anywhere(on)
 
     async def check(
         self, artifact: Path, args_info: ArgsInfo, reference: Path | None, fallback: Path | None = None
     ) -> CheckOutcome:
         """Compare an artifact's outputs with a reference, see :meth:`WorkerFleet.check`."""
-        async with self._place() as device:
+
+        async def on(device: SharedDevice) -> CheckOutcome:
             return await device.fleet.check(artifact, args_info, reference, fallback, sm_percent=self._sm_percent)
+
+        return await self._anywhere(on)
+
+    async def alone(self, work: Callable[[Alone], Awaitable[T]]) -> T:
+        """Do something with one device alone, all its shares drained; the other devices go on.
+
+        Args:
+            work: Measures on it. It is begun anew on another device when no worker of the first can be started.
+
+        Raises:
+            TrialFailed: What ``work`` raises.
+            TunerError: There is no worker on any device, and none can be started.
+        """
+        while True:
+            try:
+                async with self.exclusive() as alone:
+                    return await work(alone)
+            except UnavailableError as error:
+                if self.capacity == 0:
+                    raise
+                log.warning("%s; measuring alone on another device", error)
 
     @contextlib.asynccontextmanager
     async def exclusive(self) -> AsyncIterator[Alone]:
@@ -89,6 +111,16 @@ class LaneFleet:
         finally:
             device.wanted_alone -= 1
             self._dispatch()
+
+    async def _anywhere(self, work: Callable[[SharedDevice], Awaitable[T]]) -> T:
+        while True:
+            async with self._place() as device:
+                try:
+                    return await work(device)
+                except UnavailableError as error:
+                    if self.capacity == 0:
+                        raise
+                    log.warning("%s: %s; measuring on another device", device.name, error)
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[SharedDevice]:

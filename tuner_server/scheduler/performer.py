@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from tuner_core.model import EvaluatorSettings, FailureKind, Origin, Record, RecordKey, Workload, trial_id
 from tuner_core.store.wire import workload_from_message
 from tuner_server import timeline
 from tuner_server.build.pool import Artifact
 from tuner_server.lanes.lane import Lane
+from tuner_server.measure.fleet import Alone
 from tuner_server.measure.requests import Measurement, MeasureRequest
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.committer import Committer
 from tuner_server.scheduler.progress import TaskProgress
+from tuner_server.scheduler.references import References
 from tuner_server.scheduler.report import JobFacts
 from tuner_server.scheduler.transfer import Transfer
 from tuner_server.scheduler.whole_model import WholeModel
@@ -26,6 +27,8 @@ from tuner_server.search.messages import SearchFailed, SearchLost
 from tuner_server.trial import TrialFailed
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Performer:
@@ -61,7 +64,7 @@ class Performer:
         self._alone: dict[tuple[int, str], Measurement] = {}
         self._unbuilt: dict[tuple[int, str], asyncio.Task[None]] = {}
         self._opening: dict[int, asyncio.Task[None]] = {}
-        self._references: dict[int, asyncio.Task[Path | None]] = {}
+        self._references = References(lane.build, self.workloads, facts.spec.seed)
         self._model = WholeModel(facts.spec, lane)
         self._evaluator = lane.evaluator
         if facts.spec.HasField("evaluator"):
@@ -307,24 +310,31 @@ class Performer:
         return known
 
     async def _promote(self, wanted: m.Promote) -> None:
-        index, workload = wanted.task, self.workloads[wanted.task]
-        self._references[index] = asyncio.create_task(self.lane.build.reference(workload, seed=self.facts.spec.seed))
+        index = wanted.task
+        self._references.begin(index)
         built = await asyncio.gather(*(self._artifact(index, trace) for trace in wanted.traces), return_exceptions=True)
-        results: list[m.KnownTrial] = []
-        async with self.lane.fleet.exclusive() as alone:
-            for trace, artifact in zip(wanted.traces, built, strict=True):
-                median_us = None
-                try:
-                    if isinstance(artifact, BaseException):
-                        raise artifact
-                    request = replace(self._request(workload, artifact), expected_us=self._expected_us(index, trace))
-                    measurement = await alone.measure(request)
-                    median_us = measurement.median_us
-                    self._alone[index, trace] = measurement
-                except TrialFailed as failure:
-                    log.warning("%s: a candidate failed in promotion: %s", workload.description, failure)
-                results.append(m.KnownTrial(trace, median_us))
-        self._emit(m.Promoted(index, tuple(results)))
+        alone = await self.lane.fleet.alone(
+            partial(self._measure_alone, index, dict(zip(wanted.traces, built, strict=True)))
+        )
+        self._alone.update({(index, trace): measurement for trace, measurement in alone.items()})
+        medians = {trace: measurement.median_us for trace, measurement in alone.items()}
+        self._emit(m.Promoted(index, tuple(m.KnownTrial(trace, medians.get(trace)) for trace in wanted.traces)))
+
+    async def _measure_alone(
+        self, index: int, built: Mapping[str, Artifact | BaseException], alone: Alone
+    ) -> dict[str, Measurement]:
+        """Those that could be measured, by trace."""
+        workload = self.workloads[index]
+        measured: dict[str, Measurement] = {}
+        for trace, artifact in built.items():
+            try:
+                if isinstance(artifact, BaseException):
+                    raise artifact
+                request = replace(self._request(workload, artifact), expected_us=self._expected_us(index, trace))
+                measured[trace] = await _insist(partial(alone.measure, request))
+            except TrialFailed as failure:
+                log.warning("%s: a candidate failed in promotion: %s", workload.description, failure)
+        return measured
 
     async def _check(self, wanted: m.Check) -> None:
         index, workload = wanted.task, self.workloads[wanted.task]
@@ -334,15 +344,12 @@ class Performer:
         trial = ""
         against = "llvm, unscheduled, on the host"
         try:
-            reference = await self._references[index]
+            reference = await self._references.get(index)
             if reference is None:
                 against = "fallback schedule, on the device"
-            outcome = await self.lane.check(
-                self._artifacts[index, wanted.trace],
-                workload,
-                reference,
-                fallback=None if wanted.fallback else self._fallback_artifact(index),
-            )
+            artifact = self._artifacts[index, wanted.trace]
+            fallback = None if wanted.fallback else self._fallback_artifact(index)
+            outcome = await _insist(partial(self.lane.check, artifact, workload, reference, fallback))
             verdict, message = outcome.verdict, outcome.message
         except TrialFailed as failure:
             message = f"{failure.kind}: {failure}"
@@ -355,19 +362,8 @@ class Performer:
             wrong = TrialFailed(FailureKind.WRONG_RESULT, message)
             await self._commit(self._record(workload, wanted.trace, failure=wrong, origin=origin, verified=True))
         if verdict in ("ok", "inconclusive"):
-            await self._drop_reference(index)
+            await self._references.drop(index)
         self._emit(m.Checked(index, wanted.trace, verdict, message, trial))
-
-    async def _drop_reference(self, index: int) -> None:
-        """Delete the task's reference: inputs and outputs of large operators take many megabytes."""
-        reference = self._references.pop(index, None)
-        if reference is None:
-            return
-        reference.cancel()
-        with contextlib.suppress(asyncio.CancelledError, TrialFailed):
-            path = await reference
-            if path is not None:
-                path.unlink(missing_ok=True)
 
     # Model
 
@@ -384,11 +380,21 @@ class Performer:
             work.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
         await self._model.stop()
-        for index in list(self._references):
-            await self._drop_reference(index)
+        await self._references.drop_all()
         for index in list(self._opening):
             await self.lane.search.close(self._session(index))
         self._opening.clear()
         for artifact in self._artifacts.values():
             self.lane.build.release(artifact)
         self._artifacts.clear()
+
+
+async def _insist(work: Callable[[], Awaitable[T]]) -> T:
+    """Once more when workers were lost: a candidate that was measured before is hardly to blame."""
+    try:
+        return await work()
+    except TrialFailed as failure:
+        if failure.kind is not FailureKind.WORKER_LOST:
+            raise
+        log.warning("%s; trying again", failure)
+    return await work()

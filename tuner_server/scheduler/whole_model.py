@@ -46,8 +46,8 @@ class WholeModel:
         tuned = asyncio.create_task(self._build(traces)) if traces else baseline
         try:
             before, after = await asyncio.gather(baseline, tuned)
-            async with self._lane.fleet.exclusive() as alone:
-                result = await alone.measure_models(before.artifact.path, after.artifact.path, before.args_info)
+            paths = before.artifact.path, after.artifact.path
+            result = await self._lane.fleet.alone(lambda alone: alone.measure_models(*paths, before.args_info))
             return m.ModelMeasured(result.baseline_us, result.tuned_us, result.outputs_match)
         except TrialFailed as failure:
             return m.ModelMeasured(None, None, None, f"the whole model could not be measured: {failure}")

@@ -1,0 +1,68 @@
+"""What candidates are checked against: one reference for each task that is promoted, made once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuner_core.model import Workload
+from tuner_server.build.pool import BuildPool
+from tuner_server.trial import TrialFailed
+
+log = logging.getLogger(__name__)
+
+
+class References:
+    """Inputs and outputs of unscheduled operators, by task.
+
+    Args:
+        build: Runs them.
+        workloads: The operators, by task.
+        seed: Of the inputs.
+    """
+
+    def __init__(self, build: BuildPool, workloads: Sequence[Workload], seed: int) -> None:
+        self._build = build
+        self._workloads = workloads
+        self._seed = seed
+        self._tasks: dict[int, asyncio.Task[Path | None]] = {}
+
+    def begin(self, index: int) -> None:
+        """Begin with a task's reference; nothing happens when it is under way or there."""
+        if index not in self._tasks:
+            self._tasks[index] = asyncio.create_task(self._make(self._workloads[index]))
+
+    async def get(self, index: int) -> Path | None:
+        """A task's reference; None when there is none: it took too long, or cannot be made."""
+        self.begin(index)
+        return await asyncio.shield(self._tasks[index])
+
+    async def drop(self, index: int) -> None:
+        """Delete a task's reference: inputs and outputs of large operators take many megabytes."""
+        task = self._tasks.pop(index, None)
+        if task is None:
+            return
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            path = await task
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    async def drop_all(self) -> None:
+        """Delete all of them."""
+        for index in list(self._tasks):
+            await self.drop(index)
+
+    async def _make(self, workload: Workload) -> Path | None:
+        try:
+            return await self._build.reference(workload, seed=self._seed)
+        except TrialFailed as failure:  # its process may have been killed from outside
+            log.warning("%s: no reference (%s); trying once more", workload.description, failure)
+        try:
+            return await self._build.reference(workload, seed=self._seed)
+        except TrialFailed as failure:
+            log.warning("%s: no reference: %s", workload.description, failure)
+            return None
