@@ -20,10 +20,11 @@ import pytest
 from tests.contract.record_values import make_record, make_workload
 from tests.fault.store_writer import WORKLOAD
 from tuner_core.errors import StoreError, UnavailableError, UsageError
-from tuner_core.model import Record
+from tuner_core.model import Record, trace_digest
 from tuner_core.store.interface import RecordFilter, RecordStore
 from tuner_core.store.open import open_store
 from tuner_core.store.sqlite import SqliteStore, connections
+from tuner_core.store.sqlite.rows import RecordWriter
 from tuner_core.store.sqlite.schema import MIGRATIONS, Migration, upgrade
 
 MATMUL = make_workload("matmul")
@@ -153,11 +154,12 @@ class TestCost:
         neighbours = [make_record(MATMUL, number) for number in range(1, 60)]
         with contextlib.closing(SqliteStore(tmp_path / "records.db")) as store:
             store.commit([wanted, *neighbours], [MATMUL])
-            self.steps(store, wanted)  # the first query of a connection makes its scratch table
+            self.steps(store, wanted)  # the first query reads the catalogue, a later one what changed since
             before = self.steps(store, wanted)
             others = [make_workload(f"other {number}") for number in range(40)]
             for other in others:
                 store.commit([make_record(other, number) for number in range(60)], [other])
+            self.steps(store, wanted)
             assert self.steps(store, wanted) == before
 
     @staticmethod
@@ -353,6 +355,24 @@ class TestFullDisk:
 class TestMigration:
     def open(self, path: Path) -> sqlite3.Connection:
         return connections.connect(str(path))
+
+    def test_records_from_before_bounds_were_kept_and_of_older_writers_since_are_found(self, tmp_path: Path) -> None:
+        path = tmp_path / "records.db"
+        records = [make_record(MATMUL, number, job=f"job-{number % 3}", median_us=9.0 - number) for number in range(8)]
+        with contextlib.closing(self.open(path)) as older:
+            upgrade(older, str(path), MIGRATIONS[:2])
+            writer = RecordWriter(older)
+            writer.put_workload(MATMUL)
+            for record in records[:4]:
+                writer.put_record(record, trace_digest(record.trace))
+            with contextlib.closing(SqliteStore(path)) as store:
+                assert store.query(RecordFilter()).records == tuple(reversed(records[:4]))
+                assert store.query(RecordFilter(job="job-1"), limit=1).records == (records[1],)
+                # a process that was started before the upgrade goes on: it knows nothing of bounds
+                for record in records[4:]:
+                    writer.put_record(record, trace_digest(record.trace))
+                assert store.query(RecordFilter()).records == tuple(reversed(records))
+                assert store.query(RecordFilter(job="job-1"), limit=1).records == (records[7],)
 
     def test_pending_steps_run_in_order_and_keep_the_records(self, tmp_path: Path) -> None:
         path = tmp_path / "records.db"

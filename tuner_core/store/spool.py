@@ -57,7 +57,7 @@ class Spool(SqliteStore):
                 "WHERE r.id NOT IN (SELECT record_id FROM refused) ORDER BY r.id LIMIT ?",
                 (limit,),
             ).fetchall()
-            records = read_records(connection, [row[1:] for row in rows])
+            records = read_records(connection, self._catalogue, [row[1:] for row in rows])
         return [(row[0], record) for row, record in zip(rows, records, strict=True)]
 
     def remove(self, numbers: Sequence[int]) -> None:

@@ -1,32 +1,34 @@
 """Filtered, ordered, paged queries over the groups and records of the store.
 
-A filter is answered in two steps. First the groups that match: thousands of small rows. Then their records in order:
-when the groups are few, by merging one index range per group; when they are many, by walking the index over all
-records, where every few rows one matches. Neither step reads all records.
+The catalogue knows which groups match and what their bounds are; a page is merged from the index ranges of those
+groups whose best record is good enough: however many match, a page of a hundred records opens a hundred of them. Deep
+in a large part of the store, where that would open every group again, a page is walked along the index of all records.
 """
 
 from __future__ import annotations
 
-import functools
 import heapq
 import itertools
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tuner_core.model import Record
+from tuner_core.store.groups import Group, Selection, nearest_first
 from tuner_core.store.interface import Page, RecordFilter
 from tuner_core.store.paging import Cursor, QueryArguments
-from tuner_core.store.shapes import parse_shape, shape_matches
-from tuner_core.store.sqlite.rows import RECORD_COLUMNS, digest_bytes, read_records
+from tuner_core.store.sqlite.catalogue import Catalogue, last_id
+from tuner_core.store.sqlite.rows import RECORD_COLUMNS, read_records
 
-_MERGE_AT_MOST = 4_000
-_CHUNK = 16
+_FIRST_CHUNK = 4
+# a later page walks along all records when at least one in so many may match, and through so many per record at most
+_WALK = 16
 
 # (sort value, trial_id, row id); the sort value ascends: latency in microseconds, or minus the time
 _Entry = tuple[float, bytes, int]
+_Bounded = Iterator[tuple[float, Group]]
 
 
 @dataclass(frozen=True)
@@ -40,129 +42,193 @@ class _Conditions:
         return _Conditions(f"{self.sql} AND {sql}", (*self.parameters, *parameters))
 
 
-def run_query(connection: sqlite3.Connection, arguments: QueryArguments) -> Page:
+def run_query(connection: sqlite3.Connection, catalogue: Catalogue, arguments: QueryArguments) -> Page:
     """One page, read in the caller's transaction."""
     cursor = arguments.cursor
-    snapshot = cursor.snapshot if cursor else last_id(connection)
-    groups = _matching_groups(connection, arguments.where)
-    conditions = _record_conditions(arguments.where, snapshot)
-    if arguments.where.nearest_sm_percent is not None:
-        groups = _nearest_groups(connection, arguments.where.nearest_sm_percent, conditions, groups)
-    if groups == 0:
-        return Page((), None)
-    if arguments.top_per_key:
-        entries = _best_of_keys(connection, arguments, conditions, groups)
-    elif groups is not None and groups <= _MERGE_AT_MOST:
-        wanted = connection.execute("SELECT id FROM temp.wanted").fetchall()
-        chunk = max(2, min(_CHUNK, 2 * arguments.limit // groups))
-        entries = heapq.merge(*(_of_group(connection, arguments, conditions, group, chunk) for (group,) in wanted))
-    else:
-        entries = _of_all(connection, arguments, conditions, groups)
-    page = list(itertools.islice(entries, arguments.limit + 1))
-    records = _fetch(connection, [row_id for _, _, row_id in page[: arguments.limit]])
+    with catalogue.selecting(connection, arguments.where, arguments.order) as selection:
+        snapshot = cursor.snapshot if cursor else last_id(connection)
+        entries = _Query(connection, selection, arguments, snapshot).entries()
+        page = list(itertools.islice(entries, arguments.limit + 1))
+    records = _fetch(connection, catalogue, [row_id for _, _, row_id in page[: arguments.limit]])
     if len(page) <= arguments.limit:
         return Page(tuple(records), None)
     sort_value, trial_id, _ = page[arguments.limit - 1]
     return Page(tuple(records), arguments.next_cursor(Cursor(snapshot, sort_value, trial_id.hex())))
 
 
-def last_id(connection: sqlite3.Connection) -> int:
-    """The highest row id so far, of deleted rows too."""
-    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-    return int(row[0]) if row else 0
-
-
-def run_follow(connection: sqlite3.Connection, where: RecordFilter, after: int, limit: int) -> tuple[list[Record], int]:
+def run_follow(
+    connection: sqlite3.Connection, catalogue: Catalogue, where: RecordFilter, after: int, limit: int
+) -> tuple[list[Record], int]:
     """Records behind row ``after`` in the order of their commits, and the row up to which that was looked at."""
-    last = last_id(connection)
-    if after >= last:
-        return [], after
-    conditions = _record_conditions(where, last).and_("id > ?", after)
-    if _matching_groups(connection, where) is not None:
-        conditions = conditions.and_("group_id IN (SELECT id FROM temp.wanted)")
-    rows = connection.execute(
-        f"SELECT id FROM records NOT INDEXED WHERE {conditions.sql} ORDER BY id LIMIT ?",
-        (*conditions.parameters, limit),
-    ).fetchall()
-    return _fetch(connection, [row[0] for row in rows]), rows[-1][0] if len(rows) == limit else last
+    with catalogue.selecting(connection, where, "newest") as selection:
+        last = last_id(connection)
+        if after >= last:
+            return [], after
+        conditions = _record_conditions(where, last).and_("id > ?", after)
+        if selection.share < 1.0:
+            names = [group.name for _, group in selection]
+            conditions = conditions.and_("group_id IN (SELECT value FROM json_each(?))", json.dumps(names))
+        rows = connection.execute(
+            f"SELECT id FROM records NOT INDEXED WHERE {conditions.sql} ORDER BY id LIMIT ?",
+            (*conditions.parameters, limit),
+        ).fetchall()
+    return _fetch(connection, catalogue, [row[0] for row in rows]), rows[-1][0] if len(rows) == limit else last
 
 
-def _matching_groups(connection: sqlite3.Connection, where: RecordFilter) -> int | None:
-    """Put the ids of the groups that match into ``temp.wanted``.
+class _Query:
+    """One query in one read transaction.
 
-    Returns:
-        How many match, or None when the filter restricts no group.
+    Args:
+        connection: In that transaction.
+        selection: Groups as it sees them.
+        arguments: The query.
+        snapshot: Row id behind which nothing counts.
     """
-    terms: list[tuple[str, Any]] = [
-        ("g.op = ?", where.op or None),
-        ("instr(lower(g.description), ?) > 0", where.text.lower() or None),
-        ("g.model = ?", where.model or None),
-        (
-            "EXISTS (SELECT 1 FROM json_each(w.args_info) a WHERE json_extract(a.value, '$[1]') = ?)",
-            where.dtype or None,
-        ),
-        ("k.device_model = ?", where.device_model or None),
-        ("g.sm_percent = ?", where.sm_percent),
-        ("g.sm_percent >= ?", where.min_sm_percent),
-        ("g.sm_percent <= ?", where.max_sm_percent),
-        ("k.sm_count = ?", where.sm_count),
-        ("g.team = ?", where.team or None),
-        ("g.job = ?", where.job or None),
-        ("w.digest = ?", _digest(where.workload_digest)),
-        ("t.digest = ?", _digest(where.target_digest)),
-        ("k.tvm_version = ?", where.tvm_version or None),
-    ]
-    terms = [(sql, value) for sql, value in terms if value is not None]
-    if where.shape:
-        connection.create_function("has_shape", 3, _has_shape, deterministic=True)
-        terms.append(("has_shape(?, w.args_info, g.description)", where.shape))
-    for name, value in where.tags.items():
-        terms.append(("EXISTS (SELECT 1 FROM json_each(g.tags) e WHERE e.key = ? AND e.value = ?)", (name, value)))
-    if not terms:
-        return None
-    parameters: list[Any] = []
-    for _, value in terms:
-        parameters.extend(value if isinstance(value, tuple) else (value,))
-    connection.execute("CREATE TEMP TABLE IF NOT EXISTS wanted (id INTEGER PRIMARY KEY)")
-    connection.execute("DELETE FROM temp.wanted")
-    return connection.execute(
-        "INSERT INTO temp.wanted SELECT g.id FROM groups g JOIN keys k ON k.id = g.key_id "
-        "JOIN workloads w ON w.id = k.workload_id JOIN targets t ON t.id = k.target_id "
-        f"WHERE {' AND '.join(sql for sql, _ in terms)}",
-        parameters,
-    ).rowcount
+
+    def __init__(
+        self, connection: sqlite3.Connection, selection: Selection[Group], arguments: QueryArguments, snapshot: int
+    ) -> None:
+        self._connection = connection
+        self._where = arguments.where
+        self._order = arguments.order
+        self._limit = arguments.limit
+        self._top_per_key = arguments.top_per_key
+        self._selection = selection
+        self._conditions = _record_conditions(self._where, snapshot)
+        self._nearest: dict[tuple[str, str], int | None] = {}
+        cursor = arguments.cursor
+        self._start = (cursor.sort_value, bytes.fromhex(cursor.trial_id)) if cursor else None
+
+    def entries(self) -> Iterator[_Entry]:
+        """The entries that match, in order, behind the cursor."""
+        if self._top_per_key:
+            return self._best_of_keys()
+        deep = self._start is not None and self._where.nearest_sm_percent is None
+        if deep and self._selection.share * _WALK > 1 and (walked := self._walked()) is not None:
+            return iter(walked)
+        groups = ((bound, group) for bound, group in self._selection if self._is_of_nearest_share(group))
+        return _merged(groups, self._of_group)
+
+    def _is_of_nearest_share(self, group: Group) -> bool:
+        """Whether no group of another share, nearer to the one asked for, has a record that matches."""
+        wanted = self._where.nearest_sm_percent
+        if wanted is None:
+            return True
+        place = group.place
+        if place not in self._nearest:
+            shares: dict[int, list[Group]] = {}
+            for other in self._selection.of_place(place):
+                shares.setdefault(other.shared.sm_percent, []).append(other)
+            ordered = nearest_first(wanted, shares)
+            self._nearest[place] = next((share for share in ordered if any(map(self._any, shares[share]))), None)
+        return self._nearest[place] == group.shared.sm_percent
+
+    def _any(self, group: Group) -> bool:
+        """Whether a record of a group matches."""
+        found = self._conditions.and_("group_id = ?", group.name)
+        index = "records_verified" if self._where.verified_only else "records_group_latency"
+        sql = f"SELECT 1 FROM records INDEXED BY {index} WHERE {found.sql} LIMIT 1"
+        return self._connection.execute(sql, found.parameters).fetchone() is not None
+
+    def _of_group(self, group: Group) -> Iterator[_Entry]:
+        """The entries of one group in order, read in chunks."""
+        index = "records_group_latency" if self._order == "latency" else "records_group_time"
+        if self._where.verified_only and self._order == "latency":
+            index = "records_verified"
+        of_group = self._conditions.and_("group_id = ?", group.name)
+        last = self._start
+        chunk = min(_FIRST_CHUNK, self._limit + 1)
+        while True:
+            found = _after(of_group, self._order, last)
+            rows = self._read(index, found, chunk)
+            yield from rows
+            if len(rows) < chunk:
+                return
+            last = (rows[-1][0], rows[-1][1])
+            chunk = min(chunk * 4, self._limit + 1)
+
+    def _walked(self) -> list[_Entry] | None:
+        """A page along the index of all records, or None where that leads through too many that do not match."""
+        index = "records_latency" if self._order == "latency" else "records_time"
+        if self._where.verified_only and self._order == "latency":
+            index = "records_verified_latency"
+        found = _after(self._conditions, self._order, self._start)
+        if self._selection.share < 1.0:
+            wanted = {group.name for _, group in self._selection}
+            self._connection.create_function("wanted", 1, wanted.__contains__, deterministic=True)
+            found = found.and_("wanted(group_id)")
+        column, sign = ("sort_us", ">=") if self._order == "latency" else ("created_at", "<=")
+        start = abs(self._start[0]) if self._start else 0.0
+        far = self._connection.execute(
+            f"SELECT {column} FROM records INDEXED BY {index} WHERE {column} {sign} ? "
+            f"{'AND verified = 1' if index == 'records_verified_latency' else ''} "
+            f"ORDER BY {column} {'DESC' if self._order == 'newest' else ''} LIMIT 1 OFFSET ?",
+            (start, _WALK * (self._limit + 1)),
+        ).fetchone()
+        if far is not None:
+            found = found.and_(f"{column} {'<=' if self._order == 'latency' else '>='} ?", far[0])
+        rows = self._read(index, found, self._limit + 1)
+        return rows if far is None or len(rows) > self._limit else None
+
+    def _best_of_keys(self) -> Iterator[_Entry]:
+        """The best few of every look-up key among the records that match, in order."""
+        known: set[Any] = set()
+
+        def first_of_keys() -> _Bounded:
+            for bound, group in self._selection:
+                if group.key not in known:
+                    known.add(group.key)
+                    yield bound, group
+
+        def of_key(first: Group) -> Iterator[_Entry]:
+            groups = filter(self._is_of_nearest_share, self._selection.of_key(first.key))
+            wanted = {group.name for group in groups}
+            rows = self._connection.execute(
+                f"SELECT {_sort_column(self._order)}, trial_id, id, group_id FROM records INDEXED BY records_top "
+                f"WHERE {self._conditions.sql} AND key_id = ? ORDER BY verified DESC, sort_us, trial_id",
+                (*self._conditions.parameters, first.key),
+            )
+            matching = (row[:3] for row in rows if row[3] in wanted)
+            best = sorted(itertools.islice(matching, self._top_per_key))
+            rows.close()
+            return iter([entry for entry in best if self._start is None or entry[:2] > self._start])
+
+        return _merged(first_of_keys(), of_key)
+
+    def _read(self, index: str, found: _Conditions, limit: int) -> list[_Entry]:
+        return self._connection.execute(
+            f"SELECT {_sort_column(self._order)}, trial_id, id FROM records INDEXED BY {index} WHERE {found.sql} "
+            f"ORDER BY {_ordering(self._order)} LIMIT ?",
+            (*found.parameters, limit),
+        ).fetchall()
 
 
-def _nearest_groups(
-    connection: sqlite3.Connection, sm_percent: int, conditions: _Conditions, groups: int | None
-) -> int:
-    """Of the groups that match and have a record that does, keep those of each workload's and device's nearest share.
+def _merged(groups: _Bounded, entries_of: Callable[[Group], Iterator[_Entry]]) -> Iterator[_Entry]:
+    """Merge the entries of groups; a group is opened when its bound is reached.
 
-    Returns:
-        How many are left in ``temp.wanted``.
+    Args:
+        groups: By ascending bound; no entry of a group has a smaller sort value.
+        entries_of: The entries of a group in order.
     """
-    if groups is None:
-        connection.execute("CREATE TEMP TABLE IF NOT EXISTS wanted (id INTEGER PRIMARY KEY)")
-        connection.execute("DELETE FROM temp.wanted")
-        connection.execute("INSERT INTO temp.wanted SELECT id FROM groups")
-    connection.execute(
-        "DELETE FROM temp.wanted WHERE id NOT IN (SELECT id FROM (SELECT g.id, rank() OVER ("
-        "PARTITION BY k.workload_id, k.device_model ORDER BY abs(g.sm_percent - ?), g.sm_percent) AS place "
-        "FROM groups g JOIN keys k ON k.id = g.key_id WHERE g.id IN (SELECT id FROM temp.wanted) AND EXISTS "
-        f"(SELECT 1 FROM records INDEXED BY records_group_latency WHERE group_id = g.id AND {conditions.sql})"
-        ") WHERE place = 1)",
-        (sm_percent, *conditions.parameters),
-    )
-    return int(connection.execute("SELECT count(*) FROM temp.wanted").fetchone()[0])
-
-
-@functools.lru_cache(maxsize=16_384)
-def _has_shape(shape: str, args_info: str, description: str) -> bool:
-    return shape_matches(parse_shape(shape), json.loads(args_info), description)
-
-
-def _digest(text: str) -> bytes | None:
-    return digest_bytes(text) if text else None
+    heap: list[tuple[_Entry, int, Iterator[_Entry]]] = []
+    opened = itertools.count()
+    ahead = next(groups, None)
+    while True:
+        while ahead is not None and (not heap or ahead[0] <= heap[0][0][0]):
+            entries = entries_of(ahead[1])
+            first = next(entries, None)
+            if first is not None:
+                heapq.heappush(heap, (first, next(opened), entries))
+            ahead = next(groups, None)
+        if not heap:
+            return
+        entry, number, entries = heap[0]
+        yield entry
+        following = next(entries, None)
+        if following is None:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (following, number, entries))
 
 
 def _record_conditions(where: RecordFilter, snapshot: int) -> _Conditions:
@@ -195,79 +261,10 @@ def _after(conditions: _Conditions, order: str, last: tuple[float, bytes] | None
     return conditions.and_("created_at <= ? AND (created_at < ? OR trial_id > ?)", -value, -value, trial_id)
 
 
-def _start(arguments: QueryArguments) -> tuple[float, bytes] | None:
-    cursor = arguments.cursor
-    return (cursor.sort_value, bytes.fromhex(cursor.trial_id)) if cursor else None
-
-
-def _of_group(
-    connection: sqlite3.Connection, arguments: QueryArguments, conditions: _Conditions, group: int, chunk: int
-) -> Iterator[_Entry]:
-    """The entries of one group in order, read in chunks."""
-    order = arguments.order
-    index = "records_group_latency" if order == "latency" else "records_group_time"
-    if arguments.where.verified_only and order == "latency":
-        index = "records_verified"
-    last = _start(arguments)
-    while True:
-        found = _after(conditions.and_("group_id = ?", group), order, last)
-        rows = connection.execute(
-            f"SELECT {_sort_column(order)}, trial_id, id FROM records INDEXED BY {index} WHERE {found.sql} "
-            f"ORDER BY {_ordering(order)} LIMIT ?",
-            (*found.parameters, chunk),
-        ).fetchall()
-        yield from rows
-        if len(rows) < chunk:
-            return
-        last = (rows[-1][0], rows[-1][1])
-        chunk = min(chunk * 4, arguments.limit + 1)
-
-
-def _of_all(
-    connection: sqlite3.Connection, arguments: QueryArguments, conditions: _Conditions, groups: int | None
-) -> Iterator[_Entry]:
-    """The entries of all records in order, or of very many groups."""
-    order = arguments.order
-    index = "records_latency" if order == "latency" else "records_time"
-    if arguments.where.verified_only and order == "latency":
-        index = "records_verified_latency"
-    found = _after(conditions, order, _start(arguments))
-    if groups is not None:
-        found = found.and_("group_id IN (SELECT id FROM temp.wanted)")
-    yield from connection.execute(
-        f"SELECT {_sort_column(order)}, trial_id, id FROM records INDEXED BY {index} WHERE {found.sql} "
-        f"ORDER BY {_ordering(order)} LIMIT ?",
-        (*found.parameters, arguments.limit + 1),
-    )
-
-
-def _best_of_keys(
-    connection: sqlite3.Connection, arguments: QueryArguments, conditions: _Conditions, groups: int | None
-) -> Iterator[_Entry]:
-    """The best few of every look-up key among the records that match, in order."""
-    found = conditions
-    if groups is None:
-        keys = connection.execute("SELECT id FROM keys").fetchall()
-    else:
-        keys = connection.execute(
-            "SELECT DISTINCT key_id FROM groups WHERE id IN (SELECT id FROM temp.wanted)"
-        ).fetchall()
-        found = found.and_("group_id IN (SELECT id FROM temp.wanted)")
-    value = _sort_column(arguments.order)
-    best: list[_Entry] = []
-    for (key_id,) in keys:
-        best += connection.execute(
-            f"SELECT {value}, trial_id, id FROM records INDEXED BY records_top WHERE {found.sql} AND key_id = ? "
-            "ORDER BY verified DESC, sort_us, trial_id LIMIT ?",
-            (*found.parameters, key_id, arguments.top_per_key),
-        ).fetchall()
-    start = _start(arguments)
-    return iter(sorted(entry for entry in best if start is None or entry[:2] > start))
-
-
-def _fetch(connection: sqlite3.Connection, ids: list[int]) -> list[Record]:
+def _fetch(connection: sqlite3.Connection, catalogue: Catalogue, ids: Iterable[int]) -> list[Record]:
+    ids = list(ids)
     rows = connection.execute(
         f"SELECT r.id, {RECORD_COLUMNS} FROM json_each(?) j JOIN records r ON r.id = j.value", (json.dumps(ids),)
     )
     by_id = {row[0]: row[1:] for row in rows}
-    return read_records(connection, [by_id[row_id] for row_id in ids])
+    return read_records(connection, catalogue, [by_id[row_id] for row_id in ids])

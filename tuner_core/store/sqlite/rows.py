@@ -14,16 +14,14 @@ from typing import Any
 
 from tuner_core.errors import InvalidRecordError, NotFoundError
 from tuner_core.model import (
-    EvaluatorSettings,
     FailureKind,
-    Origin,
-    PartitionKind,
     Record,
     RecordKey,
     Workload,
     canonical_json,
 )
 from tuner_core.store.compression import MAX_BODY_BYTES, MAX_TRACE_BYTES, pack, unpack
+from tuner_core.store.sqlite.catalogue import Catalogue, read_args_info
 
 RECORD_COLUMNS = (
     "r.trial_id, r.group_id, r.verified, r.sort_us, r.created_at, r.neighbours, r.ci_low_us, r.ci_high_us, "
@@ -261,20 +259,17 @@ def read_workload(connection: sqlite3.Connection, digest: str) -> Workload | Non
         structural_hash=row[1],
         op=row[2],
         description=row[3],
-        args_info=tuple((kind, dtype, tuple(shape)) for kind, dtype, shape in json.loads(row[4])),
+        args_info=read_args_info(row[4]),
     )
 
 
-def read_records(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
+def read_records(connection: sqlite3.Connection, catalogue: Catalogue, rows: Sequence[tuple[Any, ...]]) -> list[Record]:
     """Records of rows of ``RECORD_COLUMNS``, in their order."""
-    groups: dict[int, Record] = {}
-    return [_record(connection, row, groups) for row in rows]
+    groups = catalogue.shared(connection, {row[1] for row in rows})
+    return [_record(row, groups[row[1]]) for row in rows]
 
 
-def _record(connection: sqlite3.Connection, row: tuple[Any, ...], groups: dict[int, Record]) -> Record:
-    shared = groups.get(row[1])
-    if shared is None:
-        shared = groups[row[1]] = _shared(connection, row[1])
+def _record(row: tuple[Any, ...], shared: Record) -> Record:
     latencies = row[8]
     return replace(
         shared,
@@ -289,42 +284,4 @@ def _record(connection: sqlite3.Connection, row: tuple[Any, ...], groups: dict[i
         failure=FailureKind(row[9]) if row[9] is not None else None,
         failure_message=row[10],
         trace=unpack(row[11], limit=MAX_TRACE_BYTES, what="stored trace"),
-    )
-
-
-def _shared(connection: sqlite3.Connection, group_id: int) -> Record:
-    """What the records of a group have in common, as a record with the rest left blank."""
-    row = connection.execute(
-        "SELECT w.digest, t.json, t.digest, k.device_model, k.sm_count, k.tvm_version, "
-        "g.op, g.description, g.model, g.team, g.job, g.sm_percent, g.tags, g.facts "
-        "FROM groups g JOIN keys k ON k.id = g.key_id JOIN workloads w ON w.id = k.workload_id "
-        "JOIN targets t ON t.id = k.target_id WHERE g.id = ?",
-        (group_id,),
-    ).fetchone()
-    facts = json.loads(row[13])
-    return Record(
-        trial_id="",
-        workload_digest=row[0].hex(),
-        trace="",
-        target_json=row[1],
-        target_digest=row[2].hex(),
-        device_model=row[3],
-        sm_count=row[4],
-        tvm_version=row[5],
-        op=row[6],
-        description=row[7],
-        model=row[8],
-        team=row[9],
-        job=row[10],
-        sm_percent=row[11],
-        tags=json.loads(row[12]),
-        device_arch=facts["device_arch"],
-        partition_kind=PartitionKind(facts["partition_kind"]),
-        evaluator=EvaluatorSettings(**facts["evaluator"]),
-        cuda_version=facts["cuda_version"],
-        driver_version=facts["driver_version"],
-        origin=Origin(facts["origin"]),
-        instance=facts["instance"],
-        affinity=tuple(facts["affinity"]),
-        layout=facts.get("layout", ""),  # which rows from before layouts were noted lack
     )

@@ -77,6 +77,39 @@ MIGRATIONS: tuple[Migration, ...] = (
                 ends_at REAL NOT NULL)""",
         ),
     ),
+    # The bounds of every group, so that a process knows where to look first, and in which groups something changed
+    # since it looked last. The clock is the sequence of records: it moves with every record, and by these triggers
+    # with every other change. ``accounted``: bounds know the records up to this id; of later ones readers read what
+    # they need, so that a commit need not write bounds, and a process of an older version may still commit.
+    Migration(
+        3,
+        (
+            "ALTER TABLE groups ADD COLUMN best_us REAL NOT NULL DEFAULT 9e999",
+            "ALTER TABLE groups ADD COLUMN newest REAL NOT NULL DEFAULT -9e999",
+            "ALTER TABLE groups ADD COLUMN verified INTEGER NOT NULL DEFAULT 0",
+            "ALTER TABLE groups ADD COLUMN changed INTEGER NOT NULL DEFAULT 0",
+            """UPDATE groups SET
+                best_us = coalesce((SELECT min(sort_us) FROM records WHERE group_id = groups.id), 9e999),
+                newest = coalesce((SELECT max(created_at) FROM records WHERE group_id = groups.id), -9e999),
+                verified = EXISTS (SELECT 1 FROM records WHERE group_id = groups.id AND verified = 1)""",
+            "CREATE INDEX groups_by_change ON groups (changed)",
+            "CREATE TABLE deleted_groups (id INTEGER PRIMARY KEY, changed INTEGER NOT NULL)",
+            "CREATE INDEX deleted_groups_by_change ON deleted_groups (changed)",
+            "CREATE TABLE accounted (record_id INTEGER NOT NULL)",
+            "INSERT INTO accounted SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'records'), 0)",
+            """CREATE TRIGGER group_gets AFTER UPDATE OF group_id ON records BEGIN
+                UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'records';
+                UPDATE groups SET best_us = min(best_us, new.sort_us), newest = max(newest, new.created_at),
+                    verified = max(verified, new.verified),
+                    changed = (SELECT seq FROM sqlite_sequence WHERE name = 'records') WHERE id = new.group_id;
+            END""",
+            """CREATE TRIGGER group_ends AFTER DELETE ON groups BEGIN
+                UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'records';
+                INSERT INTO deleted_groups VALUES (
+                    old.id, (SELECT seq FROM sqlite_sequence WHERE name = 'records'));
+            END""",
+        ),
+    ),
 )
 
 

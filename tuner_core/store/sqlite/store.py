@@ -14,11 +14,12 @@ from tuner_core.model import Record, RecordKey, Workload
 from tuner_core.store.claims import Claims
 from tuner_core.store.interface import CommitResult, Followed, Page, RecordFilter, RecordStore
 from tuner_core.store.paging import check_follow, check_limit, check_query
+from tuner_core.store.sqlite.catalogue import Catalogue, account, last_id
 from tuner_core.store.sqlite.claims import SqliteClaims
 from tuner_core.store.sqlite.connections import ReaderPool, Writer, connect, switch_to_wal
 from tuner_core.store.sqlite.counts import read_stats
 from tuner_core.store.sqlite.failures import explained
-from tuner_core.store.sqlite.query import last_id, run_follow, run_query
+from tuner_core.store.sqlite.query import run_follow, run_query
 from tuner_core.store.sqlite.rows import RECORD_COLUMNS, RecordWriter, read_records, read_workload
 from tuner_core.store.sqlite.schema import upgrade
 from tuner_core.store.validation import check_record, check_tags, check_workload
@@ -65,6 +66,7 @@ class SqliteStore(RecordStore):
                 raise
         self._writer = Writer(self._path, connection)
         self._readers = ReaderPool(self._path)
+        self._catalogue = Catalogue()
 
     def commit(self, records: Sequence[Record], workloads: Iterable[Workload] = ()) -> CommitResult:
         """See :meth:`RecordStore.commit`. Concurrent commits share one transaction."""
@@ -77,7 +79,9 @@ class SqliteStore(RecordStore):
             writer = RecordWriter(connection)
             for workload in workloads:
                 writer.put_workload(workload)
-            return sum(map(writer.put_record, records, digests))
+            stored = sum(map(writer.put_record, records, digests))
+            account(connection)
+            return stored
 
         if not records and not workloads:
             return CommitResult(0, 0)
@@ -92,7 +96,7 @@ class SqliteStore(RecordStore):
             return None
         with self._readers.reading() as connection:
             rows = connection.execute(f"SELECT {RECORD_COLUMNS} FROM records r WHERE trial_id = ?", (raw,)).fetchall()
-            return next(iter(read_records(connection, rows)), None)
+            return next(iter(read_records(connection, self._catalogue, rows)), None)
 
     def get_workload(self, digest: str) -> Workload | None:
         """See :meth:`RecordStore.get_workload`."""
@@ -117,7 +121,7 @@ class SqliteStore(RecordStore):
                 "ORDER BY r.verified DESC, r.sort_us, r.trial_id LIMIT ?",
                 (workload, target, key.device_model, key.sm_count, key.tvm_version, limit),
             ).fetchall()
-            return read_records(connection, rows)
+            return read_records(connection, self._catalogue, rows)
 
     def query(
         self,
@@ -131,7 +135,7 @@ class SqliteStore(RecordStore):
         """See :meth:`RecordStore.query`."""
         arguments = check_query(where, limit, cursor, order, top_per_key)
         with self._readers.reading() as connection:
-            return run_query(connection, arguments)
+            return run_query(connection, self._catalogue, arguments)
 
     def follow(
         self, where: RecordFilter, after: str | None = None, *, limit: int = 1_000, wait_s: float = 0.0
@@ -146,7 +150,7 @@ class SqliteStore(RecordStore):
                     position = last_id(connection)
                 elif position > last_id(connection):
                     raise UsageError(f"the cursor {after!r} is not one of this store: begin anew, without a cursor")
-                records, position = run_follow(connection, where, position, limit)
+                records, position = run_follow(connection, self._catalogue, where, position, limit)
             left_s = deadline - time.monotonic()
             if records or left_s <= 0:
                 return Followed(tuple(records), f"{_CURSOR}{position}")
