@@ -66,6 +66,7 @@ class ReplayInstance:
 
     Attributes:
         records: By task: trial id to latency (None: failed). Durable: they survive a restart.
+        worked: Task and token of every lease under which anything was measured.
         trial_s: How long one trial takes one worker.
         factor: How many times slower it is than it should be.
     """
@@ -81,6 +82,7 @@ class ReplayInstance:
     draining: bool = False
     restarts: int = 0
     records: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    worked: set[tuple[str, int]] = field(default_factory=set)
     said: list[Said] = field(default_factory=list)
     busy_s: float = 0.0
     _leases: dict[str, _Held] = field(default_factory=dict)
@@ -149,6 +151,17 @@ class ReplayInstance:
             self._end(task, held, "revoked")
         self._dispatch(now_s)
 
+    def newest(self, task: str) -> int:
+        """The newest token that was seen."""
+        return self._newest.get(task, 0)
+
+    def end_at_once(self, task: str, token: int, reason: str) -> None:
+        """A lease that is over before it began."""
+        if (held := self._leases.get(task)) is not None:
+            self._end(task, held, "revoked")
+        self._newest[task] = token
+        self._say("ended", _Work(0.0, task, token, ""), reason=reason)
+
     def warm(self, task: str, records: dict[str, float | None]) -> None:
         """Take in records of others."""
         self.records.setdefault(task, {}).update(records)
@@ -183,6 +196,7 @@ class ReplayInstance:
             task, held = ready[self._turn % len(ready)]
             kind = self._next(task, held)
             trials = CONCLUSION_TRIALS if kind == "conclude" else 1
+            self.worked.add((task, held.token))
             took_s = self.trial_s * self.factor * trials * self._rng.uniform(0.8, 1.2)
             self.busy_s += took_s
             held.in_flight += 1

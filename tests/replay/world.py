@@ -15,7 +15,8 @@ from tests.replay.instance import Refused, ReplayInstance, Said
 from tests.replay.source import ReplayTask
 from tuner_core.leases import messages as m
 from tuner_core.leases.machine import LeaseMachine
-from tuner_core.leases.state import LeaseSettings
+from tuner_core.leases.state import LeaseSettings, TaskHistory
+from tuner_core.model import TaskState
 
 FAULTS = ("kill", "hang", "cut", "restart", "slow", "drain", "delay")
 
@@ -39,6 +40,29 @@ class Link:
     @property
     def reachable(self) -> bool:
         return self.up and not self.hung and not self.cut
+
+
+def _is_fallback(trial_id: str) -> bool:
+    return trial_id.endswith("baseline/verified")
+
+
+def _history(name: str, records: dict[str, float | None], over: bool) -> TaskHistory:
+    """What a client that takes the job up reads from its store."""
+    trials = {trial: us for trial, us in records.items() if trial.rpartition("/")[2].isdigit()}
+    published = {trial: us for trial, us in records.items() if trial.endswith("/verified") and us is not None}
+    best = min(published, key=lambda trial: (published[trial], trial), default="")
+    baseline_us = records.get(f"{name}/baseline")
+    valid = [us for us in (*trials.values(), baseline_us) if us is not None]
+    return TaskHistory(
+        trials=trials,
+        by_instance={"earlier": len(trials)},
+        best_us=min(valid, default=None),
+        baseline_us=baseline_us,
+        published_us=published.get(best),
+        published_id=best,
+        published_fallback=_is_fallback(best),
+        concluded=over and bool(best),
+    )
 
 
 class World:
@@ -67,14 +91,17 @@ class World:
     ) -> None:
         self.rng = random.Random(seed)
         self.settings = settings
+        self.trials = trials
+        self.epoch = 1
+        self.away = False
         self.machine = LeaseMachine([task.plan for task in tasks], trials, settings)
+        self.expected = trials
         self.links = {one.name: Link(one) for one in instances}
         self.store: dict[str, dict[str, float | None]] = {task.name: {} for task in tasks}
         self.now_s = 0.0
         self.said: list[str] = []
         self.holders: dict[tuple[str, int], set[str]] = {}
         self.granted: list[tuple[float, str, str, int]] = []
-        self.lost_at: dict[str, float] = {}
         self.events = 0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -96,7 +123,7 @@ class World:
 
     def run(self, limit_s: float = 5000.0) -> None:
         """Until the job has ended, then gather what is left."""
-        while self.machine.finished is None:
+        while self.away or self.machine.finished is None:
             assert self._queue, "nothing will ever happen again"
             self.now_s, _, what = heapq.heappop(self._queue)
             assert self.now_s < limit_s, f"the job does not end: {self.machine.board}"
@@ -106,12 +133,19 @@ class World:
             self._gather(link)
 
     def feed(self, event: m.Event) -> None:
+        assert not self.away
         self.events += 1
         for instruction in self.machine.handle(event):
             self._perform(instruction)
 
+    def _to_client(self, delay_s: float, what: Callable[[], None]) -> None:
+        """Let something happen at the client, unless that has died meanwhile."""
+        epoch = self.epoch
+        self.after(delay_s, lambda: what() if self.epoch == epoch else None)
+
     def _tick(self) -> None:
-        self.feed(m.Tick(self.now_s))
+        if not self.away:
+            self.feed(m.Tick(self.now_s))
         self.after(self.settings.heartbeat_s / 4, self._tick)
 
     # What the driver does
@@ -133,7 +167,7 @@ class World:
             case m.Revoke(instance, task, token):
                 self._call(instance, lambda one: one.revoke(self.now_s, task, token), "", task, token)
             case m.MeasureModel(instance):
-                self.after(1.0, lambda: self._model(instance))
+                self._to_client(1.0, lambda: self._model(instance))
 
     def _delay(self, link: Link) -> float:
         return self.rng.uniform(*self._network_s) + link.lag_s
@@ -142,9 +176,10 @@ class World:
         """One call: it arrives or not, its answer arrives or not, and the client gives up after a heartbeat."""
         link = self.links[name]
         open_call = [True]
+        epoch = self.epoch
 
         def reply(event: m.Event) -> None:
-            if open_call[0] and answer:
+            if open_call[0] and answer and self.epoch == epoch:
                 open_call[0] = False
                 self.feed(event)
 
@@ -163,7 +198,7 @@ class World:
                 what(link.instance)
             except Refused as refused:
                 kind = refused.kind
-                self.after(self._delay(link), lambda: refuse(kind, kind == "draining"))
+                self._to_client(self._delay(link), lambda: refuse(kind, kind == "draining"))
                 return
             finally:
                 self._listen(name)
@@ -175,6 +210,7 @@ class World:
 
     def _renew(self, name: str, leases: tuple[tuple[str, int], ...]) -> None:
         link = self.links[name]
+        epoch = self.epoch
 
         def arrive() -> None:
             if not link.reachable:
@@ -184,7 +220,8 @@ class World:
             for task, token in leases:
                 if task in lost:
                     event_of = lambda task=task, token=token: m.LeaseLost(self.now_s, name, task, token)  # noqa: E731
-                    self.after(self._delay(link), lambda make=event_of: self.feed(make()))
+                    if self.epoch == epoch:
+                        self._to_client(self._delay(link), lambda make=event_of: self.feed(make()))
 
         self.after(self._delay(link), arrive)
 
@@ -198,7 +235,7 @@ class World:
 
     def _connect(self, name: str) -> None:
         link = self.links[name]
-        if not link.reachable:
+        if not link.reachable or self.away:
             return
         one = link.instance
         one.run_until(self.now_s)
@@ -223,7 +260,7 @@ class World:
 
     def _arrive(self, link: Link, what: Callable[[], None]) -> None:
         link.free_s = max(link.free_s, self.now_s + self._delay(link))
-        self.at(link.free_s, what)
+        self._to_client(link.free_s - self.now_s, what)
 
     def _listen(self, name: str) -> None:
         """Send on what the instance says, and wake it when it will say more."""
@@ -262,13 +299,50 @@ class World:
         else:
             verified = said.reason == "concluded"
             event = m.LeaseEnded(
-                self.now_s, name, said.task, said.token, said.reason, verified, said.latency_us, said.trial_id
+                self.now_s,
+                name,
+                said.task,
+                said.token,
+                said.reason,
+                verified,
+                said.latency_us,
+                said.trial_id,
+                fallback=_is_fallback(said.trial_id),
             )
         self.feed(event)
 
     def _gather(self, link: Link) -> None:
         for task, records in link.instance.records.items():
             self.store[task].update(records)
+
+    # The client
+
+    def client_dies(self, away_s: float) -> None:
+        """Kill the client; ``away_s`` later another takes the job up from the store and the journal."""
+        if self.away or self.machine.finished is not None:
+            return
+        self.epoch += 1
+        self.away = True
+        for link in self.links.values():
+            link.connected, link.incarnation = False, ""
+        ledgers = self.machine.board.tasks
+        over = {name for name, task in ledgers.items() if task.state in (TaskState.TUNED, TaskState.FALLBACK)}
+        written = over if self.rng.random() < 0.5 else set()  # the journal lags behind
+        self.after(away_s, lambda: self._take_up(written))
+
+    def _take_up(self, over: set[str]) -> None:
+        self.away = False
+        for link in self.links.values():
+            if link.reachable:
+                link.instance.run_until(self.now_s)
+                self._gather(link)
+        plans = [task.plan for task in self.machine.board.tasks.values()]
+        known = {name: _history(name, records, name in over) for name, records in self.store.items()}
+        self.machine = LeaseMachine(plans, self.trials, self.settings, known=known, epoch=self.epoch)
+        counted = sum(len(task.counted) for task in self.machine.board.tasks.values())
+        self.expected = counted + self.machine.board.unassigned
+        for name in self.links:
+            self.after(self.rng.uniform(0, 1), lambda name=name: self._connect(name))
 
     # Faults
 
@@ -281,7 +355,6 @@ class World:
         link = self.links[name]
         if not link.up or link.hung or link.cut:
             return
-        self.lost_at.setdefault(name, self.now_s)
         lasts_s = lasts_s if lasts_s is not None else self.rng.choice((0.5, 3.0, 12.0, 40.0))
         link.instance.run_until(self.now_s)
         if fault in ("kill", "restart"):
@@ -289,7 +362,9 @@ class World:
             if fault == "restart":
                 lasts_s = 0.3
             if self.rng.random() < 0.5:  # its port refuses at once
-                self.after(self._delay(link), lambda: self.feed(m.InstanceGone(self.now_s, name, "was killed")))
+                gone = "was killed"
+                if not self.away:
+                    self._to_client(self._delay(link), lambda: self.feed(m.InstanceGone(self.now_s, name, gone)))
         elif fault == "hang":
             link.hung = True
         elif fault == "cut":

@@ -66,7 +66,10 @@ def _baseline(board: Board, usable: list[InstanceState]) -> Step | None:
     waiting = [
         task
         for task in board.tasks.values()
-        if not task.baseline_known and not task.leases and not task.chosen and not task.state.final
+        if not task.baseline_known
+        and not task.leases
+        and not task.state.final
+        and (not task.chosen or task.reusable)
     ]
     if not waiting:
         return None
@@ -92,25 +95,11 @@ def _expected(task: TaskLedger) -> tuple[float, int]:
 
 
 @dataclass(frozen=True)
-class _Outlook:
-    """What one decision about trials looks at, worked out once.
+class _Rooms:
+    """How many trials the instances that take leases have, and may have, ahead of their results."""
 
-    Attributes:
-        tasks: Those that may get trials.
-        gains: Of these, by index; ``top`` is the best that is known.
-        outstanding: Trials leased to an instance that have not been counted, by name.
-        ahead: How many may be, of instances that take leases.
-        reserved: Trials that must stay for tasks that have not had their least.
-        crowded: An instance holds several searches, of which another could have one.
-    """
-
-    tasks: list[TaskLedger]
-    gains: dict[int, float]
-    top: float
     outstanding: dict[str, int]
     ahead: dict[str, int]
-    reserved: int
-    crowded: bool
 
     def room(self, one: InstanceState) -> int:
         """Trials that the instance may get now."""
@@ -121,17 +110,41 @@ class _Outlook:
         half = max(1, one.batch // 2)
         return half if self.ahead[one.name] >= one.batch * BUSY_BATCHES else min(half, one.workers)
 
+    def enough(self, one: InstanceState) -> bool:
+        """Whether there is room for a lease, or for an extension that is worth it."""
+        room = self.room(one)
+        return room > 0 and (not self.outstanding[one.name] or room >= self.grain(one))
 
-def _outlook(board: Board, usable: list[InstanceState], tasks: list[TaskLedger]) -> _Outlook:
-    outstanding = {one.name: one.outstanding for one in board.instances.values()}
+
+@dataclass(frozen=True)
+class _Outlook:
+    """What one decision about trials looks at, worked out once.
+
+    Attributes:
+        tasks: Those that may get trials.
+        gains: Of these, by index; ``top`` is the best that is known.
+        rooms: Of the instances.
+        reserved: Trials that must stay for tasks that have not had their least.
+        crowded: An instance holds several searches, of which another could have one.
+    """
+
+    tasks: list[TaskLedger]
+    gains: dict[int, float]
+    top: float
+    rooms: _Rooms
+    reserved: int
+    crowded: bool
+
+
+def _outlook(board: Board, usable: list[InstanceState], rooms: _Rooms) -> _Outlook:
+    tasks = board.open_tasks()
     gains = {task.index: task.gain() for task in tasks}
     searches = (sum(lease.trials > 0 for lease in one.leases.values()) for one in usable)
     return _Outlook(
         tasks=tasks,
         gains=gains,
         top=max((gain for gain in gains.values() if gain != math.inf), default=0.0),
-        outstanding=outstanding,
-        ahead=_ahead(board, usable, board.unassigned + sum(outstanding.values())),
+        rooms=rooms,
         reserved=sum(task.missing for task in tasks) if board.leased() else 0,
         crowded=any(count > 1 for count in searches),
     )
@@ -162,18 +175,17 @@ def _ahead(board: Board, usable: list[InstanceState], left: int) -> dict[str, in
 def _search(board: Board, usable: list[InstanceState]) -> Step | None:
     if board.unassigned <= 0:
         return None
-    tasks = board.open_tasks()
-    if not tasks:
+    outstanding = {one.name: one.outstanding for one in board.instances.values()}
+    rooms = _Rooms(outstanding, _ahead(board, usable, board.unassigned + sum(outstanding.values())))
+    ready = [one for one in usable if rooms.enough(one)]
+    if not ready:
         return None
-    outlook = _outlook(board, usable, tasks)
+    outlook = _outlook(board, usable, rooms)
     homed = {one.name: 0.0 for one in usable}
-    for task in tasks:
+    for task in outlook.tasks:
         if task.home in homed:
             homed[task.home] += _expected(task)[0]
-    for one in sorted(usable, key=lambda one: (outlook.outstanding[one.name] / one.batch, homed[one.name], one.name)):
-        room = outlook.room(one)
-        if room <= 0 or (outlook.outstanding[one.name] and room < outlook.grain(one)):
-            continue
+    for one in sorted(ready, key=lambda one: (outstanding[one.name] / one.batch, homed[one.name], one.name)):
         if (step := _trials_for(board, one, outlook)) is not None:
             return step
     return None
@@ -185,8 +197,9 @@ def _trials_for(board: Board, instance: InstanceState, outlook: _Outlook) -> Ste
     Its own or one without a home; else another's that it has no time for; else one that others are at, together.
     """
     batch = instance.batch
-    full = {name for name, ahead in outlook.ahead.items() if ahead - outlook.outstanding[name] < batch // 2}
-    worth_opening = not outlook.crowded and outlook.room(instance) >= batch // 2  # one more search of the same task
+    rooms = outlook.rooms
+    full = {name for name, ahead in rooms.ahead.items() if ahead - rooms.outstanding[name] < batch // 2}
+    worth_opening = not outlook.crowded and rooms.room(instance) >= batch // 2  # one more search of the same task
     mine: list[TaskLedger] = []
     others: list[TaskLedger] = []
     together: list[TaskLedger] = []
@@ -206,7 +219,7 @@ def _trials_for(board: Board, instance: InstanceState, outlook: _Outlook) -> Ste
     gains = outlook.gains
     best = max(mine, key=lambda task: (gains[task.index], *_expected(task)), default=None)
     if best is None or gains[best.index] < WORTH_TAKING * outlook.top:
-        if outlook.outstanding[instance.name] >= BUSY_BATCHES * batch:
+        if rooms.outstanding[instance.name] >= BUSY_BATCHES * batch:
             return None
         floor = gains[best.index] / WORTH_TAKING if best is not None else 0.0
         if better := [task for task in others if gains[task.index] > floor]:
@@ -215,8 +228,8 @@ def _trials_for(board: Board, instance: InstanceState, outlook: _Outlook) -> Ste
             best = max(better, key=lambda task: (gains[task.index] / (len(task.leases) + 1), *_expected(task)))
     if best is None:
         return None
-    grain = outlook.grain(instance)
-    count = min(batch, max(grain, outlook.room(instance)), board.unassigned - max(0, outlook.reserved - best.missing))
+    grain = rooms.grain(instance)
+    count = min(batch, max(grain, rooms.room(instance)), board.unassigned - max(0, outlook.reserved - best.missing))
     if (held := best.leases.get(instance.name)) is not None:
         return Extend(held, count)
     return Place(best, instance, count)
@@ -236,7 +249,12 @@ def _conclusion(board: Board, usable: list[InstanceState]) -> Step | None:
     waiting = [
         task
         for task in board.tasks.values()
-        if task.plan.tunable and task.chosen and not task.leases and not task.state.final and task.awaited is None
+        if task.plan.tunable
+        and task.chosen
+        and not task.leases
+        and not task.state.final
+        and not task.reusable
+        and task.awaited is None
     ]
     if board.unassigned > 0:
         # As many as there are batches left may still get one; the others can be promoted while the search goes on.
