@@ -1,4 +1,4 @@
-"""Real Redis servers on free ports for tests: alone, with a user, with TLS, as a cluster of three."""
+"""Real Redis servers on free ports for tests: alone, with TLS, as a cluster, with replicas and a sentinel."""
 
 from __future__ import annotations
 
@@ -105,19 +105,19 @@ def running(directory: Path, *options: str, tls: bool = False) -> Iterator[Redis
 
 
 @contextlib.contextmanager
-def running_cluster(directory: Path) -> Iterator[list[RedisServer]]:
-    """Three masters that share the slots."""
+def running_cluster(directory: Path, *, replicas: int = 0, node_timeout_ms: int = 2000) -> Iterator[list[RedisServer]]:
+    """Three masters that share the slots, each with so many replicas."""
+    cluster = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms))
     servers = [
-        RedisServer(
-            directory / str(port), *DURABLE, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", port=port
-        )
-        for port in free_ports(3)
+        RedisServer(directory / str(port), *DURABLE, *cluster, "--repl-diskless-sync-delay", "0", port=port)
+        for port in free_ports(3 * (1 + replicas))
     ]
+    places = [f"127.0.0.1:{server.port}" for server in servers]
     try:
         for server in servers:
             server.start()
         subprocess.run(
-            ["redis-cli", "--cluster", "create", *(f"127.0.0.1:{server.port}" for server in servers), "--cluster-yes"],
+            ["redis-cli", "--cluster", "create", *places, "--cluster-replicas", str(replicas), "--cluster-yes"],
             check=True,
             capture_output=True,
             timeout=60,
@@ -131,6 +131,62 @@ def running_cluster(directory: Path) -> Iterator[list[RedisServer]]:
         yield servers
     finally:
         for server in servers:
+            server.kill()
+
+
+class SentinelServer(RedisServer):
+    """A sentinel that alone decides on the failover of ``main``.
+
+    Args:
+        directory: Of its configuration, which it writes to.
+        master: What it watches.
+        password: Of the master and its replicas.
+        own_password: Its own.
+    """
+
+    def __init__(self, directory: Path, master: RedisServer, password: str, own_password: str) -> None:
+        super().__init__(directory)
+        (directory / "sentinel.conf").write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {directory}\nrequirepass {own_password}\n"
+            f"sentinel monitor main 127.0.0.1 {master.port} 1\nsentinel auth-pass main {password}\n"
+            "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 5000\n"
+        )
+
+    def start(self, *more: str) -> None:
+        self.process = subprocess.Popen(
+            ["redis-server", str(self.directory / "sentinel.conf"), "--sentinel", *more],
+            stdout=(self.directory / "log").open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+        self.wait_until_up()
+
+
+@contextlib.contextmanager
+def running_with_sentinel(
+    directory: Path, password: str, own_password: str
+) -> Iterator[tuple[SentinelServer, list[RedisServer]]]:
+    """A master, two replicas of it, and a sentinel that knows all of them."""
+    secret = (*DURABLE, "--requirepass", password, "--masterauth", password, "--repl-diskless-sync-delay", "0")
+    ports = free_ports(3)
+    servers = [RedisServer(directory / str(port), *secret, port=port) for port in ports]
+    servers[1].options = servers[2].options = (*secret, "--replicaof", f"127.0.0.1 {ports[0]}")
+    sentinel = SentinelServer(directory / "sentinel", servers[0], password, own_password)
+    try:
+        deadline = time.monotonic() + 30
+        for server in servers:
+            server.start()
+        with contextlib.closing(redis.Redis(port=ports[0], password=password)) as client:
+            while client.info("replication")["connected_slaves"] < 2:  # or the sentinel looks again after 10 s only
+                assert time.monotonic() < deadline, "the replicas do not find their master"
+                time.sleep(0.02)
+        sentinel.start()
+        with contextlib.closing(redis.Redis(port=sentinel.port, password=own_password)) as client:
+            while client.sentinel_master("main")["num-slaves"] < 2:  # type: ignore[index]
+                assert time.monotonic() < deadline, "the sentinel does not find the replicas"
+                time.sleep(0.02)
+        yield sentinel, servers
+    finally:
+        for server in (sentinel, *servers):
             server.kill()
 
 

@@ -188,6 +188,8 @@ class TestOutages:
 
     def test_a_failover_loses_nothing_that_a_replica_had_to_have(self, server: RedisServer, tmp_path: Path) -> None:
         with running(tmp_path / "replica", *DURABLE, "--replicaof", f"127.0.0.1 {server.port}") as replica:
+            server.client().config_set("repl-diskless-sync-delay", 0)
+            replica.client().config_set("repl-diskless-sync-delay", 0)
             url = f"{server.url}?timeout_s=1&wait_replicas=1"
             wait_for(lambda: server.client().info()["connected_slaves"] == 1)
             wait_for(lambda: replica.client().info()["master_link_status"] == "up")

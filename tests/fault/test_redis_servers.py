@@ -115,7 +115,12 @@ class TestWays:
             ("redis://", "host"),
             ("redis://h:port", "host or its port"),
             ("redis://h/x", "number"),
-            ("redis://a,b", "cluster only"),
+            ("redis://a,b", "sentinels only"),
+            ("redis+sentinel://a,b", "which master"),
+            ("redis+sentinel://a/na%20me/0", "which master"),
+            ("redis+sentinel://a/name/x", "number"),
+            ("redis+sentinel://a/name?sentinel_password_file=/nowhere", "names no file"),
+            ("redis://a?sentinel_username=me", "for redis\\+sentinel"),
             ("redis+cluster://a,b/1", "always 0"),
             ("redis://h?colour=red", "no option 'colour'"),
             ("redis://h?ca=/nowhere", "for TLS"),
@@ -133,6 +138,18 @@ class TestWays:
         assert location.hosts == (("one", 7000), ("::1", 7001))
         assert (location.username, location.password, location.tls, location.cluster) == ("me", "a@b", True, True)
         assert "a@b" not in repr(location)
+
+    def test_the_parts_of_a_url_with_sentinels(self, tmp_path: Path) -> None:
+        (tmp_path / "password").write_text("hidden\n")
+        location = parse_location(
+            "redis+sentinel://me:pw@one,two:7000/main/2?sentinel_username=you"
+            f"&sentinel_password_file={tmp_path / 'password'}"
+        )
+        assert location.hosts == (("one", 26379), ("two", 7000))
+        assert (location.service, location.database, location.cluster) == ("main", 2, False)
+        assert (location.sentinel_username, location.sentinel_password) == ("you", "hidden")
+        assert location.name == "redis+sentinel://one:26379,two:7000/main/2"
+        assert "hidden" not in repr(location)
 
 
 def refused(url: str) -> str:
@@ -181,6 +198,9 @@ class TestRefusal:
         check_version("6.2.14", "r")
         with pytest.raises(StoreError, match="needs 6.2"):
             check_version("6.0.16", "r")
+        check_version("7.2.0", "r", wait_aof=True)
+        with pytest.raises(StoreError, match="wait_aof needs 7.2"):
+            check_version("7.0.15", "r", wait_aof=True)
 
     def test_another_programs_keys_are_refused_and_left_alone(self, server: RedisServer) -> None:
         client = server.client()

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 from tuner_core.errors import UsageError
 from tuner_core.store.interface import RecordStore
 
-REDIS_SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster")
+REDIS_SCHEMES = tuple(f"{scheme}{kind}" for scheme in ("redis", "rediss") for kind in ("", "+cluster", "+sentinel"))
 
 
 def open_store(url: str, *, allow_volatile: bool = False) -> RecordStore:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tuner_core.errors import InvalidRecordError, StoreError, TunerError, UnavailableError, UsageError
 from tuner_core.model import Record, RecordKey, Workload
-from tuner_core.store.claims import Claims
+from tuner_core.store.claims import Claim, Claims
 from tuner_core.store.interface import CommitResult, Followed, Page, RecordFilter, RecordStore
 from tuner_core.store.paging import MAX_LIMIT, Cursor, QueryArguments, check_query
 from tuner_core.store.spool import Spool
@@ -28,6 +29,9 @@ _BATCH = 200
 _RETRY_S = (0.05, 5.0)
 _DRAIN_S = 2.0
 _ANSWERS = 4_096
+_PATIENCE_S = 1.0
+"""So long a commit waits for the shared store: measuring goes on meanwhile, but not for as long as ``timeout_s``."""
+_PATIENCE_PER_RECORD_S = 0.01
 _NO_SNAPSHOT = 1 << 62
 
 
@@ -55,11 +59,14 @@ class SpooledStore(RecordStore):
         self._readable = True
         self._said = ""
         self._copied: set[str] = set()
+        self._owed: dict[str, Workload] = {}
+        self._warned = False
         self._answers: OrderedDict[tuple[RecordKey, bool], tuple[int, list[Record]]] = OrderedDict()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._tried = threading.Condition()
+        self._committing = ThreadPoolExecutor(thread_name_prefix="store-commit")
         self._replaying = threading.Thread(target=self._replay, name="store-replay", daemon=True)
         self._replaying.start()
 
@@ -79,14 +86,16 @@ class SpooledStore(RecordStore):
         self._drain()  # or commits might fill the spool as fast as the replay empties it
         if not self._down and self._spool.empty():
             try:
-                result = self._shared.commit(records, workloads)
-                self._keep(workloads)
-                return result
+                return self._commit_in_time(records, workloads)
             except (UnavailableError, StoreError) as error:
                 self._check_open()
                 self._fails(error)
+        workloads += self._owing()
         self._know({record.workload_digest for record in records} - {workload.digest for workload in workloads})
-        result = self._spool.commit(records, workloads)
+        try:
+            result = self._spool.commit(records, workloads)
+        except StoreError as error:
+            return self._commit_past_spool(records, workloads, error)
         self._wake.set()
         return result
 
@@ -170,7 +179,7 @@ class SpooledStore(RecordStore):
     @property
     def claims(self) -> Claims:
         """See :attr:`RecordStore.claims`. They need the shared store: nobody else knows what others hold."""
-        return self._shared.claims
+        return _ClaimsOf(self._reading)
 
     def close(self) -> None:
         """See :meth:`RecordStore.close`. What waits stays on the disk and is replayed after the next start."""
@@ -179,6 +188,7 @@ class SpooledStore(RecordStore):
         self._closing.set()
         self._wake.set()
         self._replaying.join(timeout=30)
+        self._committing.shutdown(wait=True, cancel_futures=True)
         self._shared.close()
         self._spool.close()
 
@@ -196,12 +206,70 @@ class SpooledStore(RecordStore):
         if self._closing.is_set():
             raise StoreError("the store is closed")
 
+    def _commit_in_time(self, records: Sequence[Record], workloads: Sequence[Workload]) -> CommitResult:
+        """Commit to the shared store, unless it takes too long: it may still do it, and the replay repeats it.
+
+        Raises:
+            UnavailableError, StoreError: It failed, or has not answered.
+        """
+        patience_s = _PATIENCE_S + len(records) * _PATIENCE_PER_RECORD_S
+        try:
+            result = self._committing.submit(self._commit_shared, records, workloads).result(patience_s)
+        except TimeoutError:
+            raise UnavailableError(f"the shared store has not answered within {patience_s:.1f} s") from None
+        self._keep(workloads)
+        return result
+
+    def _commit_past_spool(
+        self, records: Sequence[Record], workloads: Sequence[Workload], refusal: StoreError
+    ) -> CommitResult:
+        """The spool takes nothing, so the order of commits gives way: the shared store may answer again.
+
+        Raises:
+            StoreError: It does not.
+        """
+        try:
+            return self._commit_shared(records, workloads)
+        except (UnavailableError, StoreError) as error:
+            raise StoreError(f"{refusal}; and {error}") from refusal
+
+    def _commit_shared(self, records: Sequence[Record], workloads: Sequence[Workload]) -> CommitResult:
+        try:
+            return self._shared.commit(records, workloads)
+        except InvalidRecordError:
+            # a restart or a failover may have lost a workload that the shared store had acknowledged
+            missing = {record.workload_digest for record in records} - {workload.digest for workload in workloads}
+            copies = [copy for digest in missing if (copy := self._spool.get_workload(digest)) is not None]
+            if not copies:
+                raise
+            return self._shared.commit(records, [*workloads, *copies])
+
     def _keep(self, workloads: Sequence[Workload]) -> None:
-        """Copy workloads here, so that records of them can be spooled and replayed."""
-        new = [workload for workload in workloads if workload.digest not in self._copied]
-        if new:
-            self._spool.commit([], new)
-            self._copied.update(workload.digest for workload in new)
+        """Copy workloads here, so that records of them can be spooled and replayed.
+
+        What cannot be copied (the disk is full) is tried again with the next commit: the shared store has it.
+        """
+        with self._lock:
+            self._owed |= {one.digest: one for one in workloads if one.digest not in self._copied}
+        owed = self._owing()
+        if not owed:
+            return
+        try:
+            self._spool.commit([], owed)
+        except (StoreError, UnavailableError) as error:
+            if not self._warned:
+                log.warning("%s; were the shared store to fail now, records could not wait here", error)
+            self._warned = True
+            return
+        with self._lock:
+            self._warned = False
+            self._copied.update(workload.digest for workload in owed)
+            for workload in owed:
+                self._owed.pop(workload.digest, None)
+
+    def _owing(self) -> list[Workload]:
+        with self._lock:
+            return list(self._owed.values())
 
     def _know(self, digests: set[str]) -> None:
         """Have copies of these workloads.
@@ -339,6 +407,26 @@ class SpooledStore(RecordStore):
                 self._replay_records([one])
             return
         self._spool.remove([number for number, _ in batch])
+
+
+class _ClaimsOf(Claims):
+    """The claims of a store that may be away.
+
+    Args:
+        store: Returns the store, or raises when it is known not to answer.
+    """
+
+    def __init__(self, store: Callable[[], RecordStore]) -> None:
+        self._store = store
+
+    def claim(self, key: str, holder: str, ttl_s: float) -> Claim:
+        return self._store().claims.claim(key, holder, ttl_s)
+
+    def renew(self, key: str, token: int, ttl_s: float) -> bool:
+        return self._store().claims.renew(key, token, ttl_s)
+
+    def release(self, key: str, token: int) -> bool:
+        return self._store().claims.release(key, token)
 
 
 def replay_into(store: RecordStore, path: Path) -> None:

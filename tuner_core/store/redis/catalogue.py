@@ -56,6 +56,8 @@ class Catalogue:
         self._started = 0
         self._change = 0
         self._stamp = 0.0
+        self._history = b""
+        self._unseen: set[bytes] = set()
         self._stamps: dict[str, bytes] = {}
         self._args_info: dict[str, ArgsInfo] = {}
         self._groups: dict[bytes, Group] = {}
@@ -172,9 +174,15 @@ class Catalogue:
     def _synchronise(self) -> None:
         keys = self._connection.keys
         while True:
-            stamp, changed, dead = self._connection.script(
+            stamp, changed, dead, history = self._connection.script(
                 "changes", [keys.catalogue, keys.intents], [self._change, _DEAD_WRITER_US]
             )
+            if history != self._history:
+                # what was read may have been lost since, and its numbers be given again
+                self._history, self._change = history, 0
+                self._stamps.clear()
+                self._unseen = set(self._groups)
+                continue
             if not dead:
                 break
             for intent in dead:
@@ -184,6 +192,8 @@ class Catalogue:
         for digest, number in zip(changed[::2], changed[1::2], strict=True):
             self._read(digest.hex())
             self._change = max(self._change, int(float(number)))
+        while self._unseen:
+            self._remove(self._unseen.pop())
 
     def _read(self, digest: str) -> None:
         keys = self._connection.keys.of(digest)
@@ -200,15 +210,11 @@ class Catalogue:
 
     def _put(self, digest: str, name: bytes, head: entries.Head, facts: bytes) -> None:
         group = self._groups.get(name)
+        self._unseen.discard(name)
         if group is not None:
             group.head = head
             if head.records == 0:
-                with self._lock:
-                    del self._groups[name]
-                    for index, value in self._places(group):
-                        self._index[index][value].discard(group)
-                        if not self._index[index][value]:
-                            del self._index[index][value]
+                self._remove(name)
             return
         if head.records == 0 or not facts:
             return
@@ -217,6 +223,14 @@ class Catalogue:
             self._groups[name] = group
             for index, value in self._places(group):
                 self._index[index].setdefault(value, set()).add(group)
+
+    def _remove(self, name: bytes) -> None:
+        with self._lock:
+            group = self._groups.pop(name)
+            for index, value in self._places(group):
+                self._index[index][value].discard(group)
+                if not self._index[index][value]:
+                    del self._index[index][value]
 
     @staticmethod
     def _places(group: Group) -> list[tuple[str, Any]]:

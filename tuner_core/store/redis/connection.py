@@ -1,10 +1,10 @@
-"""A connection pool to one Redis or a cluster, the scripts on it, and the checks when it is opened."""
+"""A connection pool to one Redis, a cluster, or the master of sentinels; its scripts; the checks when it is opened."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -13,6 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 from tuner_core.errors import StoreError, UnavailableError
 from tuner_core.store.redis.failures import explained
@@ -22,6 +23,10 @@ from tuner_core.store.redis.settings import check_version, refusal, volatile_bec
 
 SCHEMA = 1
 _PRODUCT = b"gpu-autotuner records"
+Command = tuple[Any, ...]
+Proof = tuple[Command, Callable[[Any], bool]]
+"""A command, and what its answer satisfies on a node that has a commit."""
+
 _SETTINGS = ("maxmemory", "maxmemory-policy", "save", "appendonly")
 
 
@@ -72,7 +77,7 @@ class Connection:
             except redis.exceptions.NoScriptError:
                 return client.eval(text, len(keys), *keys, *arguments)
 
-    def together(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def together(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands at once; not a transaction, and the keys may be of many slots."""
         if not commands:
             return []
@@ -87,26 +92,46 @@ class Connection:
         with self.using() as client:
             return client.execute_command(*command)
 
-    def barrier(self, key: str) -> None:
-        """Return when replicas and disks have what was written to the key's node so far, as far as the URL asks.
+    @property
+    def confirms(self) -> bool:
+        """Whether the URL asks that replicas or disks have a commit before it is acknowledged."""
+        return bool(self.location.wait_replicas or self.location.wait_aof)
+
+    def confirm(self, again: Sequence[Command], proofs: Sequence[Proof] = ()) -> None:
+        """Return when replicas and disks have what was written, as far as the URL asks.
+
+        ``WAIT`` speaks for its own connection, which may be another one than the commit's, to another node since a
+        failover: what is written again there waits with it, and the rest is looked up there.
+
+        Args:
+            again: Commands that write the same once more, or any mark; at least one for each slot that was written to.
+            proofs: What else must be there.
 
         Raises:
-            UnavailableError: Too few of them have it in time.
+            UnavailableError: Too few of them have it in time, or a node has not got it any more.
         """
-        wanted, aof = self.location.wait_replicas, self.location.wait_aof
-        if not wanted and not aof:
+        if not self.confirms:
             return
-        timeout_ms = int(self.location.timeout_s * 900)
+        checks: list[Proof] = [(command, lambda answer: True) for command in again] + list(proofs)
         with self.using() as client:
-            node = client.get_redis_connection(client.get_node_from_key(key)) if self.location.cluster else client
-            with node.pipeline(transaction=False) as pipeline:
-                # WAIT looks at the last write of its own connection, and that may be another one than the commit's
-                pipeline.hset(key, "barrier", "1")
-                if aof:
-                    pipeline.execute_command("WAITAOF", 1, wanted, timeout_ms)
-                else:
-                    pipeline.execute_command("WAIT", wanted, timeout_ms)
-                reply = pipeline.execute()[1]
+            by_node: dict[Any, list[Proof]] = {}
+            for check in checks:
+                node = client.get_node_from_key(check[0][1]) if self.location.cluster else None
+                by_node.setdefault(node, []).append(check)
+            for node, mine in by_node.items():
+                self._confirm(client if node is None else client.get_redis_connection(node), mine)
+
+    def _confirm(self, node: Any, checks: Sequence[Proof]) -> None:
+        wanted, aof = self.location.wait_replicas, self.location.wait_aof
+        timeout_ms = int(self.location.timeout_s * 900)
+        with node.pipeline(transaction=False) as pipeline:
+            for command, _ in checks:
+                pipeline.execute_command(*command)
+            if aof:
+                pipeline.execute_command("WAITAOF", 1, wanted, timeout_ms)
+            else:
+                pipeline.execute_command("WAIT", wanted, timeout_ms)
+            *answers, reply = pipeline.execute()
         local, replicas = (int(reply[0]), int(reply[1])) if aof else (1, int(reply))
         if local < 1 or replicas < wanted:
             raise UnavailableError(
@@ -114,6 +139,8 @@ class Connection:
                 + (f" and {local} of 1 local disks" if aof else "")
                 + " have the commit in time"
             )
+        if not all(holds(answer) for answer, (_, holds) in zip(answers, checks, strict=True)):
+            raise UnavailableError(f"Redis {self.name} has failed over, and its new master has not got the commit")
 
     def refuse_volatile(self) -> None:
         """Raise StoreError when a server of it might evict or forget records."""
@@ -143,7 +170,11 @@ class Connection:
     def _check(self) -> None:
         nodes = self._nodes()
         for _, info in nodes:
-            check_version(str(info.get("redis_version", "0")), self.name)
+            if info.get("redis_mode") == "sentinel":
+                raise StoreError(
+                    f"Redis {self.name} is a sentinel: use redis+sentinel://HOST:PORT/NAME instead of redis://"
+                )
+            check_version(str(info.get("redis_version", "0")), self.name, wait_aof=self.location.wait_aof)
             if info.get("cluster_enabled") and not self.location.cluster:
                 raise StoreError(f"Redis {self.name} is part of a cluster: use redis+cluster:// instead of redis://")
         about = self.keys.about
@@ -191,11 +222,16 @@ def _connect(location: RedisLocation) -> Any:
             "ssl_certfile": location.cert,
             "ssl_keyfile": location.key,
         }
+    alive: dict[str, Any] = {"health_check_interval": 30, "db": location.database}
     if location.cluster:
         nodes = [ClusterNode(host, port) for host, port in location.hosts]  # type: ignore[no-untyped-call]
         return RedisCluster(startup_nodes=nodes, **options)
+    if location.service:
+        own = {"username": location.sentinel_username, "password": location.sentinel_password}
+        sentinels = Sentinel(location.hosts, sentinel_kwargs=options | own)  # type: ignore[no-untyped-call]
+        return sentinels.master_for(location.service, **options, **alive)  # type: ignore[no-untyped-call]
     host, port = location.hosts[0]
-    return redis.Redis(host=host, port=port, db=location.database, health_check_interval=30, **options)
+    return redis.Redis(host=host, port=port, **options, **alive)
 
 
 def _text(value: Any) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import ssl
 from collections.abc import Iterator
 
 import redis
+from redis.sentinel import MasterNotFoundError
 
 from tuner_core.errors import StoreError, TunerError, UnavailableError
 
@@ -52,9 +54,23 @@ def explain(error: Exception, name: str) -> TunerError:
         return StoreError(f"Redis {name} refuses the user or the password: check the store's URL")
     if isinstance(error, redis.exceptions.NoPermissionError) or word == "NOPERM":
         return StoreError(f"Redis {name}: the user may not do what the store needs ({text}): extend its ACL")
+    if isinstance(error, MasterNotFoundError):
+        if "NOAUTH" in text or "WRONGPASS" in text or "authentication" in lower or "password pair" in lower:
+            return StoreError(
+                f"Redis {name}: a sentinel refuses the user or the password: check sentinel_password_file"
+            )
+        reasons = ", ".join(dict.fromkeys(re.findall(r"\w+Error\(['\"](.*?)['\"]\)", text)))
+        return UnavailableError(
+            f"Redis {name}: no sentinel names a master that is up ({reasons[:200] or 'none knows the name'}): "
+            "is the name right, and do they run?"
+        )
+    if "sentinel" in lower and "unknown command" in lower:
+        return StoreError(f"Redis {name} is no sentinel: give the sentinels' ports, or use redis:// for the server")
     if "cluster support disabled" in lower or "cluster mode is not enabled" in lower:
         return StoreError(f"Redis {name} is no cluster: use redis:// instead of redis+cluster://")
     if word == "MOVED" or isinstance(error, redis.exceptions.MovedError):
+        if "+cluster" in name:
+            return UnavailableError(f"Redis {name} {_PASSING['TRYAGAIN']}")
         return StoreError(f"Redis {name} is part of a cluster: use redis+cluster:// instead of redis://")
     cause: BaseException | None = error
     while cause is not None:

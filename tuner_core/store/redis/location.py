@@ -9,10 +9,15 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tuner_core.errors import UsageError
 
-SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster")
+SCHEMES = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
 DEFAULT_PREFIX = "tuner"
 _FORM = "redis[s][+cluster]://[USER:PASSWORD@]HOST[:PORT][/DATABASE]"
+_SENTINEL_FORM = "redis[s]+sentinel://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...]/NAME[/DATABASE]"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}\Z")
+_SERVICE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
+_PORT, _SENTINEL_PORT = 6379, 26379
+_FILES = ("ca", "cert", "key", "sentinel_password_file")
+_OPTIONS = (*_FILES, "prefix", "sentinel_username", "timeout_s", "wait_aof", "wait_replicas")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,10 @@ class RedisLocation:
     """Where a Redis store is and how to reach it.
 
     Attributes:
-        hosts: (host, port); more than one only for a cluster, as places to begin at.
+        hosts: (host, port); more than one only for a cluster, as places to begin at, and for sentinels.
+        cluster: Whether these are nodes of a cluster.
+        service: What the sentinels call the master; empty: the hosts are no sentinels.
+        sentinel_username, sentinel_password: Where the sentinels ask for them.
         prefix: First part of every key.
         own_prefix: Whether the prefix was given, so that the database may hold other programs' keys too.
         ca, cert, key: PEM files for TLS; without ``ca`` the system's authorities are trusted.
@@ -32,6 +40,9 @@ class RedisLocation:
 
     hosts: tuple[tuple[str, int], ...]
     cluster: bool = False
+    service: str = ""
+    sentinel_username: str | None = None
+    sentinel_password: str | None = field(default=None, repr=False)
     tls: bool = False
     username: str | None = None
     password: str | None = field(default=None, repr=False)
@@ -48,41 +59,60 @@ class RedisLocation:
     @property
     def name(self) -> str:
         """The location without secrets, for texts."""
-        scheme = ("rediss" if self.tls else "redis") + ("+cluster" if self.cluster else "")
-        return f"{scheme}://{','.join(f'{host}:{port}' for host, port in self.hosts)}/{self.database}"
+        scheme = "rediss" if self.tls else "redis"
+        places = ",".join(f"{host}:{port}" for host, port in self.hosts)
+        if self.service:
+            return f"{scheme}+sentinel://{places}/{self.service}/{self.database}"
+        return f"{scheme}{'+cluster' if self.cluster else ''}://{places}/{self.database}"
 
 
 def parse_location(url: str) -> RedisLocation:
-    """Read a URL ``redis[s][+cluster]://[USER:PASSWORD@]HOST[:PORT][,HOST:PORT...][/DATABASE][?OPTION=VALUE&...]``.
+    """Read a URL.
 
-    Options: ``ca``, ``cert``, ``key`` (PEM files), ``prefix``, ``timeout_s``, ``wait_replicas``, ``wait_aof``.
+    ``redis[s]://[USER:PASSWORD@]HOST[:PORT][/DATABASE]``, ``redis[s]+cluster://...HOST[:PORT][,HOST[:PORT]...]``, or
+    ``redis[s]+sentinel://...HOST[:PORT][,HOST[:PORT]...]/NAME[/DATABASE]`` for the master that sentinels call ``NAME``;
+    then ``?OPTION=VALUE&...``: ``ca``, ``cert``, ``key`` (PEM files), ``prefix``, ``timeout_s``, ``wait_replicas``,
+    ``wait_aof``, and for sentinels ``sentinel_username`` and ``sentinel_password_file``.
 
     Raises:
         UsageError: Says which part is wrong; never repeats the password.
     """
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
-        raise UsageError(f"a Redis store is given as {_FORM}")
+        raise UsageError(f"a Redis store is given as {_FORM} or {_SENTINEL_FORM}")
+    cluster, sentinels = parts.scheme.endswith("+cluster"), parts.scheme.endswith("+sentinel")
     credentials, _, places = parts.netloc.rpartition("@")
     username, colon, password = credentials.partition(":")
-    hosts = tuple(_host(place) for place in places.split(","))
-    cluster = parts.scheme.endswith("+cluster")
-    if len(hosts) > 1 and not cluster:
-        raise UsageError("several hosts are given for a cluster only: redis+cluster://HOST:PORT,HOST:PORT")
-    database = parts.path.strip("/") or "0"
+    hosts = tuple(_host(place, _SENTINEL_PORT if sentinels else _PORT) for place in places.split(","))
+    if len(hosts) > 1 and not cluster and not sentinels:
+        raise UsageError(
+            "several hosts are given for a cluster or for sentinels only: redis+cluster://HOST:PORT,HOST:PORT or "
+            "redis+sentinel://HOST:PORT,HOST:PORT/NAME"
+        )
+    path = parts.path.strip("/")
+    service = ""
+    if sentinels:
+        service, _, path = path.partition("/")
+        if not _SERVICE.match(service):
+            raise UsageError(
+                f"with sentinels the URL says which master: {_SENTINEL_FORM}, NAME as in the sentinels' "
+                "'sentinel monitor NAME ...'"
+            )
+    database = path or "0"
     if not database.isdigit() or (cluster and database != "0"):
         raise UsageError(f"the database of a Redis store is a number, in a cluster always 0, not {database!r}")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    known = {"ca", "cert", "key", "prefix", "timeout_s", "wait_replicas", "wait_aof"}
-    if unknown := sorted(set(options) - known):
-        raise UsageError(f"a Redis store has no option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if unknown := sorted(set(options) - set(_OPTIONS)):
+        raise UsageError(f"a Redis store has no option {unknown[0]!r}; known: {', '.join(sorted(_OPTIONS))}")
+    if of_sentinels := sorted(name for name in options if name.startswith("sentinel_") and not sentinels):
+        raise UsageError(f"the option {of_sentinels[0]} of a Redis store is for redis+sentinel://")
     tls = parts.scheme.startswith("rediss")
-    files = {name: options.get(name) for name in ("ca", "cert", "key")}
-    for name, path in files.items():
-        if path is not None and not tls:
+    files = {name: options.get(name) for name in _FILES}
+    for name, file in files.items():
+        if file is not None and not tls and name in ("ca", "cert", "key"):
             raise UsageError(f"the option {name} is for TLS: use rediss:// instead of redis://")
-        if path is not None and not Path(path).is_file():
-            raise UsageError(f"the option {name} of the Redis store names no file: {path}")
+        if file is not None and not Path(file).is_file():
+            raise UsageError(f"the option {name} of the Redis store names no file: {file}")
     prefix = options.get("prefix", DEFAULT_PREFIX)
     if not _PREFIX.match(prefix):
         raise UsageError("the prefix of a Redis store is 1 to 64 letters, digits or any of _ . : -")
@@ -98,6 +128,9 @@ def parse_location(url: str) -> RedisLocation:
     return RedisLocation(
         hosts=hosts,
         cluster=cluster,
+        service=service,
+        sentinel_username=options.get("sentinel_username") or None,
+        sentinel_password=_password(files["sentinel_password_file"]),
         tls=tls,
         username=unquote(username) or None,
         password=unquote(password) if colon else None,
@@ -113,7 +146,17 @@ def parse_location(url: str) -> RedisLocation:
     )
 
 
-def _host(place: str) -> tuple[str, int]:
+def _password(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text"
+        raise UsageError(f"cannot read sentinel_password_file {file} of the Redis store: {reason}") from None
+
+
+def _host(place: str, default_port: int) -> tuple[str, int]:
     try:
         parts = urlsplit(f"//{place}")
         host, port = parts.hostname, parts.port
@@ -121,4 +164,4 @@ def _host(place: str) -> tuple[str, int]:
         host, port = None, None
     if not host:
         raise UsageError(f"a Redis store is given as {_FORM}: the host or its port is missing or wrong")
-    return host, port or 6379
+    return host, port or default_port

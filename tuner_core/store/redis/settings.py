@@ -8,14 +8,21 @@ from typing import Any
 from tuner_core.errors import StoreError
 
 OLDEST_VERSION = (6, 2)
+_WAITAOF_VERSION = (7, 2)
 
 
-def check_version(version: str, name: str) -> None:
-    """Raise StoreError for a Redis that is too old."""
+def check_version(version: str, name: str, *, wait_aof: bool = False) -> None:
+    """Raise StoreError for a Redis that is too old, for the store or for ``wait_aof``."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers < OLDEST_VERSION:
         oldest = ".".join(map(str, OLDEST_VERSION))
         raise StoreError(f"Redis {name} has version {version}: the store needs {oldest} or newer")
+    if wait_aof and numbers < _WAITAOF_VERSION:
+        oldest = ".".join(map(str, _WAITAOF_VERSION))
+        raise StoreError(
+            f"Redis {name} has version {version}: wait_aof needs {oldest} or newer; leave it out and set "
+            "appendfsync to always"
+        )
 
 
 def volatile_because(config: Mapping[str, str] | None, info: Mapping[str, Any]) -> str | None:

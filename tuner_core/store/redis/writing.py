@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import redis
 
@@ -23,7 +24,7 @@ from tuner_core.model import Record, Workload
 from tuner_core.store.compression import pack
 from tuner_core.store.redis import entries
 from tuner_core.store.redis.catalogue import Catalogue
-from tuner_core.store.redis.connection import Connection
+from tuner_core.store.redis.connection import Command, Connection, Proof
 
 EVENTS_KEPT = 10_000
 _RECORDS_PER_SCRIPT = 200
@@ -58,13 +59,16 @@ class RecordWriter:
             by_workload.setdefault(record.workload_digest, []).append((record, trace_digest))
         described = self._describe(by_workload, workloads)
         stored = 0
+        published: dict[str, int] = {}
         for digest, of_workload in by_workload.items():
             workload = workloads.get(digest)
             for at in range(0, max(1, len(of_workload)), _RECORDS_PER_SCRIPT):
                 part = of_workload[at : at + _RECORDS_PER_SCRIPT]
-                stored += self._commit(digest, workload, part, described[digest])
-        for digest in by_workload:
-            self._connection.barrier(self._connection.keys.of(digest).meta)
+                new, published[digest] = self._commit(digest, workload, part, described[digest])
+                stored += new
+        self._confirm(by_workload, published)
+        # only now: a failover may have taken back what no replica had
+        self._published.update(published)
         return stored
 
     def tag(self, trial_id: str, digest: str, tags: Mapping[str, str | None]) -> None:
@@ -93,8 +97,10 @@ class RecordWriter:
                 [trial, old, new, facts],
             )
             if moved:
-                self._publish(digest, 0, b"", "")
-                self._connection.barrier(keys.meta)
+                published = self._publish(digest, 0, b"", "")
+                there = ("HGET", keys.records, trial), partial(_is_of_group, new)
+                again, proofs = self._announced({digest: published})
+                self._connection.confirm([("HSET", keys.meta, "barrier", 1), *again], [there, *proofs])
                 return
 
     def prune(self, older_than: float, team: str, *, dry_run: bool) -> int:
@@ -140,7 +146,8 @@ class RecordWriter:
         workload: Workload | None,
         records: Sequence[tuple[Record, str]],
         described: tuple[str, str],
-    ) -> int:
+    ) -> tuple[int, int]:
+        """How many records are new, and how much of the workload's outbox is published."""
         keys = self._connection.keys
         raw = bytes.fromhex(digest)
         intent = raw + secrets.token_bytes(8)
@@ -158,8 +165,33 @@ class RecordWriter:
                     self._described.pop(digest, None)
                 raise _unknown(digest) from None
             raise
-        self._finish(digest, int(first), outbox, pending, intent)
-        return int(stored)
+        return int(stored), self._finish(digest, int(first), outbox, pending, intent, int(stored))
+
+    def _confirm(self, by_workload: Mapping[str, Sequence[tuple[Record, str]]], published: Mapping[str, int]) -> None:
+        """Return when replicas and disks have a commit, as far as the URL asks."""
+        if not self._connection.confirms:
+            return
+        keys = self._connection.keys
+        again, proofs = self._announced(published)
+        for digest, records in by_workload.items():
+            of_workload, raw = keys.of(digest), bytes.fromhex(digest)
+            again.append(("HSET", of_workload.meta, "barrier", 1))
+            trials = [bytes.fromhex(record.trial_id) for record, _ in records]
+            again += [("HSET", keys.locator(trial), trial[2:], raw) for trial in trials]
+            # a script's writes are replicated as a whole
+            last = [*trials[_RECORDS_PER_SCRIPT - 1 :: _RECORDS_PER_SCRIPT], *trials[-1:]]
+            proofs += [(("HEXISTS", of_workload.records, trial), bool) for trial in last]
+            proofs.append((("EXISTS", of_workload.workload), bool))
+        self._connection.confirm(again, proofs)
+
+    def _announced(self, published: Mapping[str, int]) -> tuple[list[Command], list[Proof]]:
+        """What :meth:`Connection.confirm` needs to know of what was published."""
+        name = self._connection.keys.published
+        proofs: list[Proof] = [
+            (("HGET", name, bytes.fromhex(digest)), partial(_has_reached, number))
+            for digest, number in published.items()
+        ]
+        return [("HSET", name, "barrier", 1)], proofs
 
     def _call(
         self,
@@ -207,10 +239,12 @@ class RecordWriter:
         arguments += [self._published.get(digest, 0), len(fields), *fields, *packed]
         return names, arguments
 
-    def _finish(self, digest: str, first: int, outbox: bytes, pending: Sequence[bytes], intent: bytes | str) -> None:
+    def _finish(
+        self, digest: str, first: int, outbox: bytes, pending: Sequence[bytes], intent: bytes | str, new: int = 0
+    ) -> int:
         if pending:
             self._condemn(digest, pending[::2])
-        self._publish(digest, first, outbox, intent)
+        return self._publish(digest, first, outbox, intent, new)
 
     def _condemn(self, digest: str, trials: Sequence[bytes]) -> None:
         keys = self._connection.keys.of(digest)
@@ -223,15 +257,15 @@ class RecordWriter:
                 names += keys.group(group)
             self._connection.script("condemn", names, [len(groups), *groups, *batch])
 
-    def _publish(self, digest: str, first: int, outbox: bytes, intent: bytes | str) -> None:
+    def _publish(self, digest: str, first: int, outbox: bytes, intent: bytes | str, new: int = 0) -> int:
+        """Announce what was stored; returns how much of the outbox is published."""
         keys = self._connection.keys
         published = self._connection.script(
             "publish",
             [keys.events, keys.catalogue, keys.intents, keys.published],
-            [bytes.fromhex(digest), first, outbox, intent, EVENTS_KEPT],
+            [bytes.fromhex(digest), first, outbox, intent, EVENTS_KEPT, new],
         )
-        if outbox:
-            self._published[digest] = int(published)
+        return int(published)
 
     def _prune_group(self, digest: str, group: bytes, key: bytes, older_than: float, *, dry_run: bool) -> int:
         keys = self._connection.keys.of(digest)
@@ -265,6 +299,14 @@ class RecordWriter:
                 if there
             ]
         )
+
+
+def _is_of_group(group: bytes, stored: bytes | None) -> bool:
+    return stored is not None and entries.group_of(stored) == group
+
+
+def _has_reached(number: int, found: bytes | None) -> bool:
+    return int(found or 0) >= number
 
 
 def _unknown(digest: str) -> InvalidRecordError:

@@ -33,6 +33,8 @@ local stamp = tonumber(now[1]) * 1000000 + tonumber(now[2])
 local meta = redis.call('HMGET', K.m, 's', 'o')
 if meta[1] and tonumber(meta[1]) >= stamp then stamp = tonumber(meta[1]) + 1 end
 local first = tonumber(meta[2] or '0')
+-- more can be published only of what a master has had that was lost in a failover
+local numbered = first + redis.call('LLEN', K.o)
 local packed_stamp = struct.pack('>d', stamp)
 
 local stored, victims = 0, {}
@@ -105,7 +107,7 @@ for i = 1, groups do
     redis.call('ZADD', K.ch, ended, group.id)
   end
 end
-if published > first then
+if published > first and published <= numbered then
   redis.call('LTRIM', K.o, published - first, -1)
   redis.call('HSET', K.m, 'o', published)
   first = published

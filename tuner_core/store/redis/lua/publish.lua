@@ -1,9 +1,18 @@
 -- Announce what was stored of one workload: an event for followers, a change for the catalogue. Repeating it is harmless.
 -- KEYS: events catalogue intents published.
--- ARGV: workload's digest, number of the outbox' first entry, the outbox, intent, most events to keep.
-local digest, first, outbox = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+-- ARGV: workload's digest, number of the outbox' first entry, the outbox, intent, most events to keep, how many
+-- entries at the outbox' end are new.
+local digest, first, outbox, new = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[6])
 local before = tonumber(redis.call('HGET', KEYS[4], digest) or '0')
 local behind = first + #outbox / 32
+if behind <= before and new > 0 then
+  -- another writer has announced them, just now; or the workload's master has failed over, and numbers anew
+  local announced = false
+  for _, event in ipairs(redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 256)) do
+    if event[2][2] == digest and string.find(event[2][4], string.sub(outbox, -32), 1, true) then announced = true end
+  end
+  if not announced then before = behind - new end
+end
 if behind > before then
   if before < first then before = first end
   local number = redis.call('HINCRBY', KEYS[4], 'e', 1)
