@@ -2,7 +2,8 @@
 
 Run as a process, so that it can be killed: ``python replay_server.py SETTINGS_JSON``. Prints its port when it is up.
 Settings: ``folder`` (of its store), ``name``, ``port``, ``trial_s``, ``workers``, ``batch``, ``factor``, ``protocol``,
-``device``, ``sm_percent``, ``host`` (to listen on), ``start_s`` (seconds before it answers).
+``device``, ``sm_percent``, ``host`` (to listen on), ``start_s`` (seconds before it answers), ``store`` (URL of a shared
+one), ``claim_ttl_s``, ``tls_cert`` and ``tls_key`` (files), ``tokens`` (team by token).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from tuner_core.proto.tuner.v1 import (
 from tuner_core.store.open import open_store
 from tuner_core.store.wire import workload_from_message, workload_to_message
 from tuner_core.transport.options import SERVER_CHANNEL_OPTIONS
+from tuner_server.scheduler.task_claims import TTL_S, TaskClaims
 from tuner_server.services.records import RecordServicer
 
 TARGET = '{"kind":"llvm","mcpu":"x86-64","num-cores":2}'
@@ -99,11 +101,49 @@ class Shard:
         self.wake = asyncio.Event()
         self.closed = False
         self.said = 0
+        self.claims = TaskClaims(store, job, settings.get("claim_ttl_s", TTL_S))
+        self.indices = {task.name: index for index, task in enumerate(spec.tasks)}
+        self.holders: dict[str, str] = {}
+        self.published: dict[str, Record] = {}
 
     async def begin(self) -> None:
         workloads = [workload_from_message(task.workload) for task in self.spec.tasks]
         await asyncio.to_thread(self.store.commit, [], workloads)
         self.pump = asyncio.create_task(self._pump())
+        self.keeper = asyncio.create_task(self._keep_claims())
+
+    async def _keep_claims(self) -> None:
+        while True:
+            await asyncio.sleep(self.claims.ttl_s / 3)
+            for index in self.claims.held:
+                await self.claims.renew(index)
+
+    async def may_grant(self, lease: leases_pb2.Lease) -> bool:
+        """Claim the lease's task; a lease that is held by another job, or done by it, ends at once."""
+        if not lease.claim:
+            return True
+        taken = await self.claims.take(self.indices[lease.task], self.key(lease.task))
+        if taken.holder:
+            self.holders[lease.task] = taken.holder
+            self.instance.end_at_once(lease.task, lease.token, "held")
+            return False
+        if lease.take_over and (best := self.store.top(self.key(lease.task), 1, verified_only=True)):
+            self.published[lease.task] = best[0]
+            self.instance.end_at_once(lease.task, lease.token, "published")
+            return False
+        return True
+
+    async def _let_go(self, said: Said) -> None:
+        if said.reason in ("concluded", "published"):
+            await self.claims.release(self.indices[said.task])
+
+    async def close(self) -> None:
+        self.closed = True
+        self.pump.cancel()
+        self.keeper.cancel()
+        await self.claims.release_all()
+        async with self.changed:
+            self.changed.notify_all()
 
     async def _pump(self) -> None:
         while not self.closed:
@@ -114,6 +154,8 @@ class Shard:
                 records = [record for said in fresh if (record := self.record(said)) is not None]
                 await asyncio.to_thread(self.store.commit, records)
                 self.events += [self.message(said) for said in fresh]
+                for said in fresh:
+                    await self._let_go(said)
                 async with self.changed:
                     self.changed.notify_all()
             await asyncio.sleep(0.03)  # what happens meanwhile is stored together
@@ -163,7 +205,22 @@ class Shard:
         response = leases_pb2.WatchShardResponse(sequence=said.sequence, incarnation=self.incarnation)
         identity = self.identify(said.task, said.trial_id)[0] if said.trial_id else ""
         same = {"task": said.task, "token": said.token}
-        if said.kind == "ended":
+        if said.reason == "held":
+            response.ended.CopyFrom(leases_pb2.LeaseEnded(**same, reason="held", holder=self.holders[said.task]))
+        elif said.reason == "published":
+            best = self.published[said.task]
+            response.ended.CopyFrom(
+                leases_pb2.LeaseEnded(
+                    **same,
+                    reason="published",
+                    verified=True,
+                    best_latency_us=best.median_us,
+                    best_trial_id=best.trial_id,
+                    baseline_latency_us=self.tasks[said.task].baseline_us,
+                    reused=len(self.instance.records.get(said.task, ())),
+                )
+            )
+        elif said.kind == "ended":
             response.ended.CopyFrom(
                 leases_pb2.LeaseEnded(
                     **same,
@@ -189,9 +246,7 @@ class Shard:
         """Know what the store holds, as a real server does when a task comes (back) to it."""
         from tuner_core.store.interface import RecordFilter
 
-        found = self.store.query(
-            RecordFilter(workload_digest=self.digests[task], job=self.job, include_failed=True), limit=10_000
-        )
+        found = self.store.query(RecordFilter(workload_digest=self.digests[task], include_failed=True), limit=10_000)
         for record in found.records:
             which = str(json.loads(record.trace)[0])
             name = f"{self.tasks[task].name}/{which}" + ("/verified" if record.verified else "")
@@ -233,6 +288,9 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
         shard.instance.draining = self.host.draining
         if lease.task not in shard.instance.holds:
             await asyncio.to_thread(shard.warm, lease.task)
+        if lease.token > shard.instance.newest(lease.task) and not await shard.may_grant(lease):
+            shard.wake.set()
+            return leases_pb2.GrantLeaseResponse()
         try:
             shard.instance.grant(time.monotonic(), lease.task, lease.token, lease.trials, lease.conclude)
         except Refused as refused:
@@ -263,10 +321,7 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
 
     async def CloseShard(self, request: Any, context: Any) -> Any:
         if shard := self.shards.pop(request.job, None):
-            shard.closed = True
-            shard.pump.cancel()
-            async with shard.changed:
-                shard.changed.notify_all()
+            await shard.close()
         return leases_pb2.CloseShardResponse()
 
     async def WatchShard(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -310,6 +365,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
             target_json=TARGET,
             sm_count=CORES,
             draining=self.draining,
+            store=self.settings.get("store", ""),
         )
         response.devices.add(kind="cpu", model=device, arch="x86-64", uuid="cpu", sm_count=CORES, target_json=TARGET)
         response.workers.add(
@@ -330,7 +386,7 @@ class TuningServicer(tuning_pb2_grpc.TuningServiceServicer):
 async def serve(settings: dict[str, Any]) -> None:
     folder = Path(settings["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    store = open_store(f"sqlite:///{folder / 'records.sqlite'}")
+    store = open_store(settings.get("store") or f"sqlite:///{folder / 'records.sqlite'}")
     await asyncio.sleep(settings.get("start_s", 0.0))
     host = HostServicer(settings)
     leases = LeaseServicer(settings, store, host)

@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,18 @@ class Fleet:
     def client_folder(self) -> Path:
         return self.folder / "client"
 
-    def tuner(self, progress: Silent | None = None, **options: Any) -> ShardedTuner:
-        servers = tuple(ConnectionOptions(server.address) for server in self.servers)
+    def tuner(
+        self,
+        progress: Silent | None = None,
+        *,
+        servers: Sequence[Replayed] | None = None,
+        client: str = "client",
+        **options: Any,
+    ) -> ShardedTuner:
+        """A client of these servers (all, when none are named), on its own folder."""
+        named = tuple(ConnectionOptions(server.address) for server in servers or self.servers)
         options = {"heartbeat_s": HEARTBEAT_S, **options}
-        return ShardedTuner(ShardingOptions(servers, **options), self.client_folder, progress)
+        return ShardedTuner(ShardingOptions(named, **options), self.folder / client, progress)
 
     def gathered(self, job: str) -> set[str]:
         """Trial ids of the job in the client's store."""

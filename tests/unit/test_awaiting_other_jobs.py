@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.unit.test_lease_machine import BATCH, Bench, grants
 from tuner_core.leases import messages as m
+from tuner_core.leases.state import TaskHistory
 from tuner_core.model import TaskState
 
 HOLDER = "job-other"
@@ -108,9 +109,20 @@ def test_a_task_without_trials_set_aside_is_promoted_when_the_other_job_left_it(
     assert bench.machine.board.tasks["t0"].state is TaskState.TUNED
 
 
-def test_a_task_with_a_published_best_is_not_waited_for() -> None:
-    from tuner_core.leases.state import TaskHistory
+def test_a_published_best_of_another_job_is_reused_without_promoting_it_again() -> None:
+    known = {"t0": TaskHistory(reused=64, best_us=5.0, published_us=5.0, published_id="old")}
+    bench = Bench(tasks=1, trials=64, known=known)
+    out = bench.accept(bench.join("a"))
+    (baseline,) = grants(out)  # not known: measured, for the report
+    assert (baseline.trials, baseline.conclude) == (0, False)
+    bench.feed(m.BaselineMeasured, "a", "t0", baseline.token, 9.0)
+    out = bench.feed(m.LeaseEnded, "a", "t0", baseline.token, "measured")
+    task = bench.machine.board.tasks["t0"]
+    assert (task.state, task.verified, task.baseline_us) == (TaskState.REUSED, True, 9.0)
+    assert m.MeasureModel("a", {"t0": "old"}) in out
 
+
+def test_a_task_with_a_published_best_is_not_waited_for() -> None:
     known = {"t0": TaskHistory(reused=8, best_us=5.0, baseline_us=9.0, published_us=5.0, published_id="old")}
     bench = Bench(tasks=1, trials=64, known=known)
     bench.accept(bench.join("a"))

@@ -78,6 +78,7 @@ class ShardDriver:
             )
             for name, workload in job.workloads.items()
         }
+        self._fair_trials = machine.board.fair_trials
         self._tasks: set[asyncio.Task[None]] = set()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._measured_at: dict[str, str] = {}
@@ -268,11 +269,13 @@ class ShardDriver:
                 return [m.Heard(now_s, name, response.heartbeat.draining)]
             case "baseline":
                 base = response.baseline
+                self._gatherer.told(link, base.trial_id)
                 latency_us = base.latency_us if base.HasField("latency_us") else None
                 return [m.BaselineMeasured(now_s, name, base.task, base.token, latency_us, base.trial_id, base.error)]
             case "trial":
                 trial = response.trial
                 self._measured_at[trial.trial_id] = name
+                self._gatherer.told(link, trial.trial_id)
                 latency_us = trial.latency_us if trial.HasField("latency_us") else None
                 return [
                     m.TrialFinished(now_s, name, trial.task, trial.token, trial.trial_id, latency_us, trial.failure)
@@ -280,7 +283,10 @@ class ShardDriver:
             case "ended":
                 end = response.ended
                 best_us = end.best_latency_us if end.HasField("best_latency_us") else None
-                if end.best_trial_id:
+                self._gatherer.told(link, end.best_trial_id)
+                if end.reason == "published":  # by another job, whose records are not followed
+                    await self._gatherer.fetch(link, self._keys[end.task], self._fair_trials)
+                elif end.best_trial_id:
                     # A published record counts when it is here, too: another may have to build the model with it.
                     await self._gatherer.settled([end.best_trial_id], self._settings.heartbeat_s)
                 return [
@@ -296,6 +302,8 @@ class ShardDriver:
                         end.fallback,
                         end.error,
                         end.baseline_latency_us if end.HasField("baseline_latency_us") else None,
+                        end.holder,
+                        end.reused,
                     )
                 ]
         return []
@@ -332,7 +340,14 @@ class ShardDriver:
         return await link.connection.call(method, request, self._settings.heartbeat_s)
 
     async def _grant(self, link: InstanceLink, command: m.Grant) -> None:
-        lease = pb.Lease(task=command.task, token=command.token, trials=command.trials, conclude=command.conclude)
+        lease = pb.Lease(
+            task=command.task,
+            token=command.token,
+            trials=command.trials,
+            conclude=command.conclude,
+            claim=not self._job.spec.refresh and (command.trials > 0 or command.conclude),
+            take_over=command.take_over,
+        )
         await self._call(link, link.leases.GrantLease, pb.GrantLeaseRequest(job=self._job.job, lease=lease))
         self._feed(m.LeaseAccepted(self._now(), link.address, command.task, command.token))
 

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from urllib.parse import parse_qs, urlsplit
 
 from tuner_client.sharding.link import InstanceLink
-from tuner_core.model import Record, Workload
+from tuner_core.model import Record, RecordKey, Workload
 from tuner_core.proto.tuner.v1 import records_pb2
 from tuner_core.store import wire
 from tuner_core.store.interface import RecordStore
+from tuner_core.store.open import REDIS_SCHEMES
+from tuner_core.transport.options import is_loopback, split_address
 
 _COMMIT_TIMEOUT_S = 30.0
 _COMMIT_RECORDS = 500
-_SHARED = ("redis:", "rediss:")
+
+
+def store_identity(url: str, default_scheme: str = "") -> tuple[str, ...]:
+    """What tells shared stores apart: places, database and prefix, not how one connects to them.
+
+    Args:
+        url: Of the store; a server leaves out what is before the password's end.
+        default_scheme: For such a one.
+
+    Returns:
+        Nothing for a store that is not shared.
+    """
+    parts = urlsplit(url if "://" in url else f"{default_scheme}://{url}")
+    if parts.scheme not in REDIS_SCHEMES:
+        return ()
+    from tuner_core.store.redis.location import DEFAULT_PREFIX
+
+    kind = parts.scheme.partition("+")[2]
+    port = "26379" if kind == "sentinel" else "6379"
+    places = [place if ":" in place else f"{place}:{port}" for place in parts.netloc.rpartition("@")[2].split(",")]
+    places = [f"127.0.0.1:{place.rpartition(':')[2]}" if _is_local(place) else place for place in places]
+    prefix = parse_qs(parts.query).get("prefix", [DEFAULT_PREFIX])[0]
+    return (kind, *sorted(places), parts.path.strip("/") or "0", prefix)
+
+
+def _is_local(place: str) -> bool:
+    return is_loopback(place.rpartition(":")[0].strip("[]"))
 
 
 class Gatherer:
@@ -23,11 +52,17 @@ class Gatherer:
         store: Where the records go.
         store_url: Its URL: instances that use the same shared store need no copying.
         job: The job.
+        say: Takes a line for people.
     """
 
-    def __init__(self, store: RecordStore, store_url: str, job: str) -> None:
+    def __init__(
+        self, store: RecordStore, store_url: str, job: str, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._store = store
-        self._shared = store_url.split("@")[-1] if store_url.startswith(_SHARED) else ""
+        self._scheme = urlsplit(store_url).scheme
+        self._shared = store_identity(store_url)
+        self._say = say
+        self._sharing: dict[tuple[str, str], bool] = {}
         self._filter = records_pb2.RecordFilter(job=job, include_failed=True)
         self._have: set[str] = set()
         self._arrived = asyncio.Event()
@@ -38,8 +73,27 @@ class Gatherer:
         return len(self._have)
 
     def shares_store(self, link: InstanceLink) -> bool:
-        """Whether the instance writes into the client's own store."""
-        return bool(self._shared) and link.facts is not None and link.facts.store.split("@")[-1] == self._shared
+        """Whether the instance writes into the client's own store; says so when it is found out."""
+        if not self._shared or link.facts is None:
+            return False
+        place = (link.address, link.facts.store)
+        if place not in self._sharing:
+            self._sharing[place] = self._is_own(link.address, link.facts.store)
+            if self._sharing[place]:
+                self._say(f"{link.address} writes into the same store as this client: its records are not copied")
+        return self._sharing[place]
+
+    def _is_own(self, address: str, store_url: str) -> bool:
+        if store_identity(store_url, self._scheme) != self._shared:
+            return False
+        # A Redis at a loopback address is this host's for us, and its own host's for the instance.
+        here = is_loopback(split_address(address)[0])
+        return here or not any(_is_local(part) for part in self._shared if ":" in part)
+
+    def told(self, link: InstanceLink, trial_id: str) -> None:
+        """An instance has stored a record: where it writes into our own store, there is nothing to wait for."""
+        if trial_id and self.shares_store(link):
+            self._have.add(trial_id)
 
     def missing(self, trial_ids: Iterable[str]) -> list[str]:
         """Those that have not been gathered."""
@@ -81,6 +135,33 @@ class Gatherer:
         async for page in link.connection.stream(link.records.StreamRecords, before):
             await self._take(link, page.records)
         link.cursor = cursor
+
+    async def fetch(self, link: InstanceLink, key: RecordKey, most: int) -> None:
+        """Copy what an instance knows of a task from any job: the published best, and the best trials.
+
+        Args:
+            link: The instance.
+            key: Of the task.
+            most: Trials that are enough; verified and untuned ones, which there are few of, come on top of them.
+
+        Raises:
+            TunerError: The instance went away.
+        """
+        if self.shares_store(link):
+            return
+        top = records_pb2.TopRecordsRequest(key=wire.key_to_message(key), limit=1, verified_only=True)
+        await self._take(link, (await link.connection.call(link.records.TopRecords, top)).records)
+        where = records_pb2.RecordFilter(
+            workload_digest=key.workload_digest,
+            target_digest=key.target_digest,
+            device_model=key.device_model,
+            sm_count=key.sm_count,
+            tvm_version=key.tvm_version,
+            include_failed=True,
+        )
+        request = records_pb2.StreamRecordsRequest(filter=where, order="latency", limit=2 * most + 16)
+        async for page in link.connection.stream(link.records.StreamRecords, request):
+            await self._take(link, page.records)
 
     async def _take(self, link: InstanceLink, messages: Collection[records_pb2.Record]) -> None:
         link.holds.update(message.trial_id for message in messages)

@@ -20,11 +20,12 @@ from tuner_client.progress import Progress, Silent
 from tuner_client.request import TuneRequest
 from tuner_client.sharding.admission import Admission, JobFacts, admit
 from tuner_client.sharding.driver import ShardDriver
-from tuner_client.sharding.gathering import Gatherer
+from tuner_client.sharding.gathering import Gatherer, store_identity
 from tuner_client.sharding.history import records_of, task_history, task_plan
 from tuner_client.sharding.journal import ShardJournal, sharded_job
 from tuner_client.sharding.link import InstanceLink
 from tuner_client.sharding.report import ShardedJob
+from tuner_core.allocation.budget import MIN_TRIALS
 from tuner_core.errors import ConflictError, TunerError
 from tuner_core.leases.machine import LeaseMachine
 from tuner_core.leases.state import LeaseSettings
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tuner_core.proto.tuner.v1 import tuning_pb2
 
 DEFAULT_HEARTBEAT_S = 5.0
+GATHER_FIRST_S = 60.0
 
 
 def default_store(data_dir: Path) -> str:
@@ -247,18 +249,22 @@ class ShardedTuner:
             spent_s=before.get("elapsed_s", 0.0),
         )
         settings = LeaseSettings(heartbeat_s=self._options.heartbeat_s, wait_s=self._options.wait_s)
-        gatherer = Gatherer(store, self._options.store or str(journal.state["store"]), job.job)
+        store_url = self._options.store or str(journal.state["store"])
+        gatherer = Gatherer(store, store_url, job.job, self._progress.note)
         links = [InstanceLink(server) for server in self._options.servers]
         for link in links:
             link.left_out = left_out.get(link.address, "")
-        if journal.state["epoch"]:
-            await self._gather_first(links, gatherer, settings)
+        keys = {
+            name: RecordKey(
+                workload.digest, target_digest(job_facts.target_json), job_facts.device_model, job_facts.sm_count
+            )
+            for name, workload in workloads.items()
+        }
+        await self._gather_first(links, gatherer, settings, spec, keys, again=bool(journal.state["epoch"]))
         known = {}
         addresses = {one["name"]: one["address"] for one in before.get("instances", ())}
         states = {task["name"]: task for task in before.get("tasks", ())}
-        digest = target_digest(job_facts.target_json)
-        for name, workload in workloads.items():
-            key = RecordKey(workload.digest, digest, job_facts.device_model, job_facts.sm_count)
+        for name, key in keys.items():
             records = await asyncio.to_thread(records_of, store, key, job.job if spec.refresh else "")
             gatherer.note(record for record in records if record.job == job.job)
             history = task_history(records, job.job, addresses)
@@ -279,15 +285,36 @@ class ShardedTuner:
         report = await driver.run()
         return report, driver.interrupted
 
-    async def _gather_first(self, links: Sequence[InstanceLink], gatherer: Gatherer, settings: LeaseSettings) -> None:
-        """Before a job goes on: what instances measured while nobody listened."""
+    async def _gather_first(
+        self,
+        links: Sequence[InstanceLink],
+        gatherer: Gatherer,
+        settings: LeaseSettings,
+        spec: tuning_pb2.JobSpec,
+        keys: Mapping[str, RecordKey],
+        *,
+        again: bool,
+    ) -> None:
+        """Before a job begins: what the servers know of its operators; before it goes on: what they have measured."""
+        tunable = [task.name for task in spec.tasks if task.tunable and not spec.refresh]
+        most = max(MIN_TRIALS, spec.trials // max(1, len(tunable)))
+        stores: set[tuple[str, ...]] = set()
 
         async def gather(link: InstanceLink) -> None:
             with contextlib.suppress(TunerError, TimeoutError):
                 await link.ask(0, settings.heartbeat_s)
-                await asyncio.wait_for(gatherer.catch_up(link), 60.0)
+                async with asyncio.timeout(GATHER_FIRST_S):
+                    if again:
+                        await gatherer.catch_up(link)
+                    assert link.facts is not None
+                    store = store_identity(link.facts.store) or (link.address,)
+                    if store in stores:
+                        return
+                    stores.add(store)
+                    for name in tunable:
+                        await gatherer.fetch(link, keys[name], most)
 
-        with self._progress.step("gathering what the servers have measured"):
+        with self._progress.step("gathering what the servers know of these operators"):
             await asyncio.gather(*(gather(link) for link in links if not link.left_out))
 
     def _build(self, report: JobReport, prepared: Prepared, store: RecordStore, output: Path | None) -> JobReport:

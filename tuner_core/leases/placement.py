@@ -66,10 +66,7 @@ def _baseline(board: Board, usable: list[InstanceState]) -> Step | None:
     waiting = [
         task
         for task in board.tasks.values()
-        if not task.baseline_known
-        and not task.leases
-        and not task.state.final
-        and (not task.chosen or task.reusable)
+        if not task.baseline_known and not task.leases and not task.state.final and (not task.chosen or task.reusable)
     ]
     if not waiting:
         return None

@@ -70,7 +70,8 @@ def settle(board: Board) -> None:
     for task in board.tasks.values():
         if task.state.final or task.leases or task.awaited is not None:
             continue
-        if task.plan.tunable and task.chosen and task.settled and board.unassigned <= 0 and not task.new_trials:
+        over = board.unassigned <= 0 or task.exhausted  # it gets no trials any more
+        if task.plan.tunable and task.chosen and task.reusable and task.baseline_known and over:
             task.state = TaskState.FALLBACK if task.settled_fallback else TaskState.REUSED
             task.verified = True
         elif task.baseline_known and (not task.plan.tunable or (board.chosen and not task.chosen)):

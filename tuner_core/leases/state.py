@@ -190,6 +190,11 @@ class TaskLedger:
         )
 
     @property
+    def reusable(self) -> bool:
+        """Whether another job's published best stands, since this job has measured nothing of it."""
+        return self.settled and not self.counted and not self.new_trials
+
+    @property
     def known(self) -> int:
         """Trials that say something about it."""
         return len(self.counted) + self.reused

@@ -1,0 +1,116 @@
+"""Two teams shard the same model at once, over servers that share a Redis: every operator is tuned once."""
+
+from __future__ import annotations
+
+import signal
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.integration.replay_fleet import FACTS, Fleet, Script, fleet, records_of
+from tests.redis_server import DURABLE, RedisServer
+from tests.redis_server import running as running_redis
+from tests.replay_server import replay_spec
+from tuner_client.job import JobReport
+from tuner_core.model import Origin, TaskState
+from tuner_core.store.interface import RecordFilter
+from tuner_core.store.open import open_store
+
+TRIALS, TASKS = 160, 4
+TTL_S = 2.0
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with running_redis(tmp_path / "redis", *DURABLE) as found:
+        yield found
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(tmp_path) as found:
+        yield found
+
+
+def jobs_of_workloads(url: str) -> dict[str, set[str]]:
+    """Which jobs measured search trials of an operator."""
+    store = open_store(url)
+    records = store.query(RecordFilter(include_failed=True), limit=10_000).records
+    store.close()
+    jobs: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if record.origin is Origin.SEARCH and not record.verified:
+            jobs[record.workload_digest].add(record.job)
+    return jobs
+
+
+def test_every_operator_is_tuned_by_one_of_two_jobs_and_both_get_it_though_a_lease_moves(
+    redis: RedisServer, servers: Fleet
+) -> None:
+    first, both, second = (servers.add(store=redis.url) for _ in range(3))
+    scripts = [Script((10, lambda: first.signal(signal.SIGKILL))), Script()]  # what it held moves within its job
+    places = [[first, both], [both, second]]
+
+    def tune(number: int) -> JobReport:
+        tuner = servers.tuner(scripts[number], servers=places[number], client=f"client{number}")
+        return tuner.drive(replay_spec(TASKS, TRIALS), FACTS)
+
+    with ThreadPoolExecutor(2) as clients:
+        reports = list(clients.map(tune, range(2)))
+    assert [report.status for report in reports] == ["done", "done"], [report.error for report in reports]
+    jobs = jobs_of_workloads(redis.url)
+    assert len(jobs) == TASKS and all(len(of_one) == 1 for of_one in jobs.values()), jobs
+    assert any(script.said("tunes operators of this model at this moment") for script in scripts)
+    for one, other in zip(reports[0].tasks, reports[1].tasks, strict=True):
+        states = {one.state, other.state}
+        assert TaskState.REUSED in states and len(states) == 2  # one of them tuned it
+        assert one.best_trial_id == other.best_trial_id != "" and one.best_latency_us == other.best_latency_us
+        taken = one if one.state is TaskState.REUSED else other
+        assert (taken.trials, taken.verified) == (0, True) and taken.reused > 0 and taken.baseline_latency_us
+    assert sum(report.measured for report in reports) <= TRIALS  # the shares of what the other tuned were saved
+    for number, report in enumerate(reports):  # and build finds everything in its own client's store
+        gathered = {
+            record.trial_id for record in records_of(f"sqlite:///{servers.folder}/client{number}/records.sqlite", "")
+        }
+        assert {task.best_trial_id for task in report.tasks} <= gathered
+
+
+def test_a_job_whose_holder_dies_goes_on_from_its_records_and_a_third_finds_everything_done(
+    redis: RedisServer, servers: Fleet
+) -> None:
+    doomed = servers.add(store=redis.url, claim_ttl_s=TTL_S)
+    other = servers.add(store=redis.url, claim_ttl_s=TTL_S)
+    waiting = Script()
+
+    def wait_for_it() -> JobReport:
+        tuner = servers.tuner(waiting, servers=[other], client="waiting")
+        return tuner.drive(replay_spec(1, 80), FACTS)
+
+    with ThreadPoolExecutor(1) as clients:
+        second = None
+
+        def begin_second() -> None:
+            nonlocal second
+            second = clients.submit(wait_for_it)
+
+        def kill_when_awaited() -> None:
+            assert second is not None
+            doomed.signal(signal.SIGKILL)
+
+        script = Script((8, begin_second), (24, kill_when_awaited))
+        given_up = servers.tuner(script, servers=[doomed], client="dying", wait_s=0).drive(replay_spec(1, 80), FACTS)
+        assert given_up.status == "partly" and given_up.measured >= 24
+        assert second is not None
+        taken_over = second.result(60)
+    (task,) = taken_over.tasks
+    assert (taken_over.status, task.state, task.verified) == ("done", TaskState.TUNED, True)
+    assert waiting.said(f"{given_up.job} tunes operators of this model")
+    assert waiting.said(f"{given_up.job} left it without a result; it is tuned here")
+
+    third = servers.tuner(Script(), servers=[other], client="third").drive(replay_spec(1, 80), FACTS)
+    (task,) = third.tasks
+    assert (third.status, third.measured, task.state) == ("done", 0, TaskState.REUSED)
+    assert task.best_trial_id == taken_over.tasks[0].best_trial_id
