@@ -16,8 +16,8 @@ from tuner_server.search.space import DesignSpace, Point
 
 REGISTERS_PER_THREAD = 255
 _REGISTER_BYTES = 4
-_SPATIAL_LEVELS = 5  # of MetaSchedule's tiling for GPUs, SSSRRSRS; reduction loops have fewer
-_ON_THREADS = ("blockIdx", "threadIdx")
+SPATIAL_LEVELS = 5  # of MetaSchedule's tiling for GPUs, SSSRRSRS; reduction loops have fewer
+_VIRTUAL = "vthread"
 
 
 class RegisterLimits:
@@ -38,11 +38,11 @@ class RegisterLimits:
         self._values_per_register = max(1, _REGISTER_BYTES // value_bytes)
         self._registers_per_value = max(1, value_bytes // _REGISTER_BYTES)
         self._per_block = per_block
-        bound = _bound_loops(instructions)
+        bound = bound_loops(instructions)
         knob_of_factor = {
             output: (index, level)
             for index, knob in enumerate(space.knobs)
-            if knob.levels == _SPATIAL_LEVELS
+            if knob.levels == SPATIAL_LEVELS
             for level, output in enumerate(instructions[knob.position][3])
         }
         for kind, inputs, _attrs, outputs in instructions:
@@ -52,7 +52,7 @@ class RegisterLimits:
                 place = knob_of_factor.get(factor) if isinstance(factor, str) else None
                 if place is None:
                     continue
-                if loop not in bound:
+                if loop not in bound or bound[loop].startswith(_VIRTUAL):
                     self._private.append(place)
                 elif bound[loop].startswith("threadIdx"):
                     self._threads.append(place)
@@ -65,13 +65,9 @@ class RegisterLimits:
         return registers <= limit
 
 
-def _bound_loops(instructions: Sequence[Sequence[Any]]) -> dict[str, str]:
-    """Loops that become blocks or threads, with what they are bound to, seen through ``Fuse``."""
-    bound = {
-        str(inputs[0]): str(attrs[0])
-        for kind, inputs, attrs, _ in instructions
-        if kind == "Bind" and str(attrs[0]).startswith(_ON_THREADS)
-    }
+def bound_loops(instructions: Sequence[Sequence[Any]]) -> dict[str, str]:
+    """Loops that become blocks or threads, virtual ones too, with what they are bound to, seen through ``Fuse``."""
+    bound = {str(inputs[0]): str(attrs[0]) for kind, inputs, attrs, _ in instructions if kind == "Bind"}
     for kind, inputs, _attrs, outputs in reversed(instructions):
         if kind == "Fuse" and outputs[0] in bound:
             bound.update({str(loop): bound[outputs[0]] for loop in inputs})

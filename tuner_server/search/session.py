@@ -21,12 +21,14 @@ from tuner_server.search.features import FeatureTable, Located
 from tuner_server.search.messages import KnownTrial, SearchFailed, SearchSettings
 from tuner_server.search.sketches import Applied, Rejected, Sketches
 from tuner_server.search.space import DesignSpace, Point
+from tuner_server.search.twins import Twins
 from tuner_server.search.validity import ValidityModel
 
 _MIN_PARENTS = 8
 _RANDOM_PARENTS = 32  # for each space
 _BASES = 24  # points of each space from which random ones are redrawn
-_REDRAWS = 64
+_REDRAWS = 512
+_ENOUGH = 8  # allowed ones, to take the first that is likely to be valid
 _LIKELY = 0.5
 
 
@@ -67,11 +69,14 @@ class SearchSession:
         self._validity = ValidityModel(table)
         self._trials: list[tuple[DesignSpace, Point, float | None]] = []
         self._trained_on = 0
-        self._bases: dict[int, list[Point]] = {space.index: [] for space in self._spaces}
+        self._bases: dict[int, list[Point]] = {
+            space.index: [base] if base is not None and space.fixed_extents else []
+            for space, base in zip(self._spaces, self._sketches.bases, strict=True)
+        }
         self._seen_points: set[Located] = set()
         self._seen_modules: set[int] = set()
         self._seen_traces: set[str] = set()
-        self._codes: dict[Located, dict[Point, int | None]] = {}
+        self._twins = Twins(self._sketches.target)
         self._pending: dict[str, Located] = {}
         self._rejections: Counter[str] = Counter()
         self._valid = 0
@@ -100,8 +105,7 @@ class SearchSession:
             located = self._pending.pop(digest, None)
             if located is None and (located := self._locate(trial.trace)) is not None:
                 self._note(located)
-                space, point = located
-                self._codes.setdefault((space, space.without_unrolling(point)), {})[point] = None
+                self._twins.add(*located)
             if located is not None:
                 self._trials.append((*located, trial.median_us))
                 if self._experience is not None:
@@ -134,6 +138,9 @@ class SearchSession:
                 break
             attempts -= 1
             space, point = self._next_point(ranked)
+            if point is not None and self._twins.has(space, point):
+                self._rejections["twin"] += 1
+                continue
             applied = self._sketches.apply(space, point, self._draw_seed())
             valid = isinstance(applied, Applied)
             if applied.point is not None:
@@ -167,14 +174,22 @@ class SearchSession:
         """A point drawn at random, invalid ones avoided; None as the point lets TVM draw it."""
         space = self._rng.choice(self._spaces)
         bases = self._bases[space.index]
-        if len(bases) < _BASES // 4:
+        if len(bases) < self._bases_wanted(space):
             return space, None  # only TVM knows the extents of the loops
-        drawn = [(space, space.redraw(self._rng.choice(bases), self._rng)) for _ in range(_REDRAWS)]
-        allowed = [located for located in drawn if self._acceptable(located)]
+        allowed: list[Located] = []
+        for _ in range(_REDRAWS):
+            located = (space, space.redraw(self._rng.choice(bases), self._rng))
+            if self._acceptable(located):
+                allowed.append(located)
+                if len(allowed) == _ENOUGH:
+                    break
         for located, likely in zip(allowed, self._validity.probability(allowed), strict=True):
             if likely >= _LIKELY:
                 return located
         return allowed[0] if allowed else (space, None)
+
+    def _bases_wanted(self, space: DesignSpace) -> int:
+        return 1 if space.fixed_extents and self._bases[space.index] else _BASES // 4
 
     def _acceptable(self, located: Located) -> bool:
         return located not in self._seen_points and self._sketches.allows(*located)
@@ -199,7 +214,7 @@ class SearchSession:
         parents = []
         for space in self._spaces:
             bases = self._bases[space.index]
-            for _ in range(_BASES // 4 - len(bases)):
+            for _ in range(self._bases_wanted(space) - len(bases)):
                 drawn = self._sketches.apply(space, None, self._draw_seed())
                 if drawn.point is not None:
                     bases.append(drawn.point)
@@ -216,29 +231,12 @@ class SearchSession:
         if applied.point is None:
             return True
         located = (space, applied.point)
-        if self._is_same_code_as_a_sibling(located, applied):
+        if self._twins.has(space, applied.point, applied.module):
             return False
+        self._twins.add(*located)
         self._note(located)
         self._pending[digest] = located
         return True
-
-    def _is_same_code_as_a_sibling(self, located: Located, applied: Applied) -> bool:
-        """Whether only limits of unrolling tell it from another candidate, and they change nothing.
-
-        Up to a quarter of a dense layer's candidates are such twins; lowering both costs less than a build.
-        """
-        space, point = located
-        siblings = self._codes.setdefault((space, space.without_unrolling(point)), {})
-        code = None
-        if siblings:
-            code = self._sketches.code_hash(applied.module)
-            for sibling, known in siblings.items():
-                if known is None:
-                    again = self._sketches.apply(space, sibling, self._draw_seed())
-                    siblings[sibling] = self._sketches.code_hash(again.module) if isinstance(again, Applied) else 0
-        twin = code is not None and code in siblings.values()
-        siblings[point] = code
-        return twin
 
     def _locate(self, trace: str) -> Located | None:
         try:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import tvm_ffi
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.schedule import Instruction, ScheduleError, Trace
-from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 from tvm.target import Target
 
 from tuner_core.compiler.guard import load_workload
 from tuner_core.compiler.trace import trace_json
-from tuner_server.build.lowering import lower
+from tuner_server.search.accesses import cached_blocks
 from tuner_server.search.registers import RegisterLimits
+from tuner_server.search.shared_memory import SharedMemoryLimits
 from tuner_server.search.space import DesignSpace, Point, Value
 from tuner_server.search.threads import ThreadLimits
 
@@ -54,8 +54,21 @@ class Rejected:
     point: Point | None
 
 
+class Limits(Protocol):
+    """What a target refuses, told by arithmetic."""
+
+    def allow(self, point: Point) -> bool:
+        """Whether a point is not surely refused."""
+        ...
+
+
 class Sketches:
     """The design spaces of one workload on one target.
+
+    Attributes:
+        target: The target.
+        spaces: The spaces.
+        bases: The point that MetaSchedule drew while it made each of them, if it decided everything.
 
     Args:
         body: The workload's JSON.
@@ -68,34 +81,43 @@ class Sketches:
 
     def __init__(self, body: str, target_json: str, seed: int) -> None:
         self._mod = load_workload(body)
-        self._target = Target(json.loads(target_json))
+        self.target = Target(json.loads(target_json))
         context, sketches = self._generate(seed)
         self._context = context  # the post-processors belong to it
         self._postprocs = list(context.space_generator.postprocs or ())
         self._instructions = [list(sketch.trace.insts) for sketch in sketches]
         traces = [json.loads(trace_json(sketch.trace)) for sketch in sketches]
         self.spaces = [DesignSpace(index, trace) for index, trace in enumerate(traces)]
-        is_gpu = "gpu" in self._target.keys
-        max_threads = int(self._target.attrs.get("max_threads_per_block", 1024)) if is_gpu else 0
-        warp_size = int(self._target.attrs.get("thread_warp_size", 32))
+        self.bases = [space.point_of(trace) for space, trace in zip(self.spaces, traces, strict=True)]
         self._limits = [
-            ThreadLimits(space, trace[0], max_threads, warp_size)
-            for space, trace in zip(self.spaces, traces, strict=True)
+            self._limits_of(space, trace[0], sketch) if "gpu" in self.target.keys else ()
+            for space, trace, sketch in zip(self.spaces, traces, sketches, strict=True)
         ]
-        value_bytes, per_block = _value_bytes(self._mod), int(self._target.attrs.get("registers_per_block", 65536))
-        self._registers = [
-            RegisterLimits(space, trace[0], value_bytes, per_block) if is_gpu else None
-            for space, trace in zip(self.spaces, traces, strict=True)
-        ]
+
+    def _limits_of(
+        self, space: DesignSpace, instructions: Sequence[Sequence[Any]], sketch: Schedule
+    ) -> tuple[Limits, ...]:
+        """What a GPU refuses, by arithmetic: the cheapest check first."""
+
+        def attribute(name: str, default: int) -> int:
+            return int(self.target.attrs.get(name, default))
+
+        max_threads, warp_size = attribute("max_threads_per_block", 1024), attribute("thread_warp_size", 32)
+        accesses = cached_blocks(self._mod, self._instructions[space.index], sketch.trace.decisions)
+        return (
+            ThreadLimits(space, instructions, max_threads, warp_size),
+            RegisterLimits(space, instructions, _value_bytes(self._mod), attribute("registers_per_block", 65536)),
+            SharedMemoryLimits(space, instructions, accesses, attribute("max_shared_memory_per_block", 49152)),
+        )
 
     def _generate(self, seed: int) -> tuple[ms.TuneContext, Sequence[Schedule]]:
         """The spaces of the first seed that gives any: those of padded products meet illegal loops now and then."""
         problem: ScheduleError | None = None
         for attempt in range(_GENERATIONS):
-            with self._target:
+            with self.target:
                 context = ms.TuneContext(
                     self._mod,
-                    target=self._target,
+                    target=self.target,
                     space_generator="post-order-apply",
                     search_strategy="replay-trace",
                     rand_state=seed + attempt,
@@ -110,8 +132,7 @@ class Sketches:
 
     def allows(self, space: DesignSpace, point: Point) -> bool:
         """Whether a point is not surely invalid or hopeless, by arithmetic."""
-        registers = self._registers[space.index]
-        return self._limits[space.index].allow(point) and (registers is None or registers.allow(point))
+        return all(limit.allow(point) for limit in self._limits[space.index])
 
     def apply(self, space: DesignSpace, point: Point | None, seed: int) -> Applied | Rejected:
         """Make a schedule of a point.
@@ -140,19 +161,6 @@ class Sketches:
         text = trace_json(schedule.trace)
         module = schedule.mod
         return Applied(text, space.point_of(json.loads(text)), tvm_ffi.structural_hash(module), module)
-
-    def code_hash(self, module: Any) -> int | None:
-        """Hash of what a scheduled module lowers to: equal for schedules that become the same code.
-
-        Returns:
-            None when it cannot be lowered.
-        """
-        try:
-            with self._target:
-                host, devices, _ = lower(RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(module), self._target)
-        except Exception:  # the build will say why
-            return None
-        return hash((tvm_ffi.structural_hash(host), *(tvm_ffi.structural_hash(device) for device in devices.values())))
 
     def _decided(self, space: DesignSpace, point: Point | None) -> Trace:
         instructions = self._instructions[space.index]

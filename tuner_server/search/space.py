@@ -90,6 +90,7 @@ class DesignSpace:
     Attributes:
         signature: Equal for two traces exactly when they are of the same space.
         knobs: What may be decided.
+        fixed_extents: Whether every point's tiles have the same extents, so that one point is enough to redraw from.
         feature_names: Of :meth:`features`. Sketches of one operator share names: what is learned from one holds for
             the other.
     """
@@ -104,6 +105,12 @@ class DesignSpace:
         knobs = (_knob_of(position, instruction, unrolls) for position, instruction in enumerate(instructions))
         self.knobs = tuple(knob for knob in knobs if knob is not None)
         self._weights = [_WEIGHTS[knob.kind] for knob in self.knobs]
+        self._unroll_limits = {
+            index: tuple(int(option) for option in instructions[knob.position][2][0])
+            for index, knob in enumerate(self.knobs)
+            if knob.kind == "unroll"
+        }
+        self.fixed_extents = all(knob.kind != "location" for knob in self.knobs)
         self._depths = sorted({knob.levels for knob in self.knobs if knob.levels})
         self.feature_names = tuple(self._feature_names())
 
@@ -186,6 +193,14 @@ class DesignSpace:
         """The point with its limits of unrolling masked: points that agree here may well become the same code."""
         pairs = zip(self.knobs, point, strict=True)
         return tuple(_MASKED if knob.kind == "unroll" else value for knob, value in pairs)
+
+    def unroll_limit(self, point: Point) -> int | None:
+        """How many steps a point lets a loop be unrolled to; None when its space has no such limit, or several."""
+        if len(self._unroll_limits) != 1:
+            return None
+        ((index, limits),) = self._unroll_limits.items()
+        choice = point[index]
+        return limits[choice] if isinstance(choice, int) else None
 
     def cross(self, first: Point, second: Point, rng: random.Random) -> Point:
         """Each knob from one of two parents."""
