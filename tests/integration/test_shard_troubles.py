@@ -53,29 +53,26 @@ async def _troubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     supervisor.start()
     try:
         opened = await supervisor.open("job-1", spec, 60.0)
-        told: list[leases_pb2.WatchShardResponse] = []
-        listener = asyncio.create_task(_listen(supervisor, told))
+        listener = Listener(supervisor, "job-1")
         store.room = 6
         await supervisor.grant("job-1", leases_pb2.Lease(task="dense", token=1, trials=40))
-        ended = await _ended(told, 1)
+        ended = await listener.ended(1)
         assert ended.reason == "failed" and "disk is full" in ended.error
-        trials = [event.trial.trial_id for event in told if event.HasField("trial")]
+        trials = [event.trial.trial_id for event in listener.told if event.HasField("trial")]
         kept = {record.trial_id for record in store.query(RecordFilter(include_failed=True), limit=100).records}
         assert ended.measured == len(trials) and set(trials) <= kept
         assert engine.search.sessions == 0
 
         store.room = 10**9
         await supervisor.grant("job-1", leases_pb2.Lease(task="dense", token=2, trials=4))
-        ended = await _ended(told, 2)
+        ended = await listener.ended(2)
         assert (ended.reason, ended.measured) == ("measured", 4)
         assert engine.search.sessions == 1  # warm
 
         monkeypatch.setattr(shards, "IDLE_S", 0.3)
         await asyncio.sleep(1.0)
         assert jobs["job-1"].state is JobState.RUNNING  # its client listens
-        listener.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await listener
+        await listener.stop()
         await _until(lambda: jobs["job-1"].state is JobState.STOPPED)
         assert engine.search.sessions == 0 and "client has gone" in jobs["job-1"].current.error
         with pytest.raises(NotFoundError):
@@ -93,18 +90,34 @@ async def _troubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-async def _listen(supervisor: ShardSupervisor, told: list[leases_pb2.WatchShardResponse]) -> None:
-    async with contextlib.aclosing(supervisor.watch("job-1", 0, "", 10.0)) as events:
-        async for event in events:
-            told.append(event)
+class Listener:
+    """Hears what a shard tells its client.
 
+    Attributes:
+        told: Everything but heartbeats.
+    """
 
-async def _ended(told: list[leases_pb2.WatchShardResponse], token: int) -> leases_pb2.LeaseEnded:
-    def found() -> list[leases_pb2.LeaseEnded]:
-        return [event.ended for event in told if event.HasField("ended") and event.ended.token == token]
+    def __init__(self, supervisor: ShardSupervisor, job: str) -> None:
+        self.told: list[leases_pb2.WatchShardResponse] = []
+        self._task = asyncio.create_task(self._listen(supervisor, job))
 
-    await _until(lambda: bool(found()))
-    return found()[0]
+    async def _listen(self, supervisor: ShardSupervisor, job: str) -> None:
+        async with contextlib.aclosing(supervisor.watch(job, 0, "", 10.0)) as events:
+            async for event in events:
+                self.told.append(event)
+
+    async def ended(self, token: int) -> leases_pb2.LeaseEnded:
+        """The end of the lease with this token."""
+
+        def found() -> list[leases_pb2.LeaseEnded]:
+            return [event.ended for event in self.told if event.HasField("ended") and event.ended.token == token]
+
+        await _until(lambda: bool(found()))
+        return found()[0]
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
 async def _until(condition: Callable[[], bool], timeout_s: float = 90.0) -> None:

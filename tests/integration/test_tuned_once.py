@@ -1,4 +1,7 @@
-"""Two teams ask for one model at once, on servers of their own that share a Redis: every operator is tuned once."""
+"""Two teams ask for one model at once, on servers of their own that share a Redis: every operator is tuned once.
+
+One of them submits its job to its server, the other leads its own, as over several servers: each waits for the other.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,10 @@ def test_two_teams_that_ask_at_once_tune_every_operator_once_and_both_get_it(tmp
         clients = [
             start_client(
                 *("tune", str(model), "--trials", str(TRIALS), "--server", running.address, "--team", team, "--json"),
+                *more,
                 data_dir=tmp_path,
             )
-            for running, team in ((first, "red"), (second, "blue"))
+            for running, team, more in ((first, "red", ()), (second, "blue", ("--wait", "60")))
         ]
         documents = []
         for process in clients:
