@@ -73,6 +73,7 @@ def write(
     driver: str | None,
     machine_before: Mapping[str, Any],
     directory: Path = DIRECTORY,
+    markdown: Sequence[str] = (),
     **more: Any,
 ) -> Path:
     """Write one result file.
@@ -84,6 +85,7 @@ def write(
         driver: Its driver's version; None on a CPU.
         machine_before: :func:`machine`, taken before the run.
         directory: Where to.
+        markdown: Lines for people, written beside it with where they come from.
         more: Further fields.
 
     Returns:
@@ -104,4 +106,9 @@ def write(
         "rows": [dict(row) for row in rows],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
+    if markdown:
+        origin = (
+            f"{device}, driver {driver}, {document['date'][:10]}: `{document['command']}` at {document['commit'][:7]}"
+        )
+        path.with_suffix(".md").write_text("\n".join([*markdown, origin, ""]))
     return path

@@ -132,6 +132,7 @@ def tune_with_service(
     seed: int,
     evaluator: EvaluatorSettings | None = None,
     server_arguments: Sequence[str] = (),
+    picture: Path | None = None,
 ) -> ServiceRun:
     """One job on a fresh server with an empty store.
 
@@ -142,10 +143,11 @@ def tune_with_service(
         seed: Of the search.
         evaluator: Replaces the server's own evaluator settings.
         server_arguments: Nothing for the defaults.
+        picture: The timeline is drawn there, as ``FOLDER/timeline-NAME.svg`` for ``FOLDER/NAME``; None: not at all.
     """
     with (
         tempfile.TemporaryDirectory() as temporary,
-        _traced(Path(temporary) / "trace.json") as (arguments, figures),
+        _traced(Path(temporary) / "trace.json", picture) as (arguments, figures),
         running_server([*server_arguments, *arguments]) as server,
         Client(server.address) as client,
     ):
@@ -178,12 +180,16 @@ def tune_with_service(
 
 
 @contextmanager
-def _traced(path: Path) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def _traced(path: Path, picture: Path | None) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Arguments for a server that writes a trace, and what the trace says when the server has ended."""
     figures: dict[str, Any] = {}
     yield ["--trace", str(path)], figures
     try:
-        figures.update(timeline.document(timeline.analyse(*timeline.read(path))))
+        workers, queues, server_cpu_s = timeline.read(path)
+        found = timeline.analyse(workers, queues, server_cpu_s)
+        figures.update(timeline.document(found))
+        if picture is not None:
+            figures["picture"] = timeline.draw(workers, found, picture.parent, picture.name).name
     except ValueError as error:
         figures["error"] = str(error)
 

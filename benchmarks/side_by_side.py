@@ -201,6 +201,7 @@ def compare(device_kind: str, server_arguments: Sequence[str] = ()) -> None:
             seed=arguments.seed,
             evaluator=evaluator,
             server_arguments=server_arguments,
+            picture=arguments.results / f"{arguments.name}-{label}",
         )
         row, samples = service_row(run, label, names)
         rows.append(row)

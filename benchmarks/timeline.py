@@ -251,6 +251,25 @@ def _merged(worker: Worker, gap: float) -> list[Interval]:
     return merged
 
 
+def draw(workers: list[Worker], figures: Figures, out: Path, name: str) -> Path:
+    """Write the picture.
+
+    Args:
+        workers: Whose slices.
+        figures: Of the same run.
+        out: The folder; made when missing.
+        name: Of the run.
+
+    Returns:
+        The file, ``timeline-NAME.svg``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"timeline-{name}.svg"
+    title = f"{name}: {figures.trials} trials, bottleneck {figures.bottleneck}"
+    path.write_text(picture([worker for worker in workers if worker.slices], title))
+    return path
+
+
 def document(figures: Figures) -> dict[str, Any]:
     """The figures as JSON, for result files."""
     return {
@@ -278,11 +297,7 @@ def main() -> None:
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     print(json.dumps(document(figures), indent=1) if arguments.json else show(figures))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = arguments.trace.name.removesuffix(".json").removesuffix(".trace")
-    path = arguments.out / f"timeline-{name}.svg"
-    title = f"{name}: {figures.trials} trials, bottleneck {figures.bottleneck}"
-    path.write_text(picture([worker for worker in workers if worker.slices], title))
+    path = draw(workers, figures, arguments.out, arguments.trace.name.removesuffix(".json").removesuffix(".trace"))
     if not arguments.json:
         print(f"drawn into {path}")
 
