@@ -112,6 +112,20 @@ def test_a_silent_instance_loses_its_leases_within_two_heartbeats_and_they_run_e
         assert token > before[task][1]
 
 
+def test_what_an_instance_was_at_goes_on_elsewhere_at_once_though_all_others_have_enough_to_do() -> None:
+    bench = Bench(tasks=12, trials=4000)
+    for name in ("a", "b", "c"):
+        bench.accept(bench.join(name))
+    for _ in range(3):  # all have their fill
+        for task, (name, token) in bench.leases().items():
+            bench.accept(bench.measure(name, task, token, 4))
+        bench.accept(bench.pass_time(1.0, "a", "b", "c"))
+    held = {task for task, (name, _) in bench.leases().items() if name == "a"}
+    assert len(held) > 1
+    bench.accept(bench.feed(m.InstanceGone, "a", "is gone"))
+    assert held <= set(bench.leases())
+
+
 def test_the_next_holder_gets_the_records_before_the_lease() -> None:
     bench = Bench(tasks=1, trials=100)
     bench.accept(bench.join("a"))

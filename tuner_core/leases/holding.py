@@ -26,6 +26,7 @@ def place(board: Board, step: placement.Place, out: list[m.Instruction]) -> None
     lease.take_over = step.take_over
     shared = bool(task.leases)
     task.leases[one.name] = one.leases[lease.task] = lease
+    task.orphaned = False
     task.new_trials += step.trials
     awaiting.pay(board, task, step.trials)
     if not step.trials and not step.conclude:
@@ -83,6 +84,7 @@ def release(board: Board, lease: Lease, *, ended: bool = False) -> None:
     task.new_trials -= left
     awaiting.pay(board, task, -left)
     if not ended:
+        task.orphaned = lease.phase is Phase.LIVE and left > 0 and not task.leases
         one.stale.add((lease.task, lease.token))
 
 

@@ -169,9 +169,26 @@ def _ahead(board: Board, usable: list[InstanceState], left: int) -> dict[str, in
     return found
 
 
+def _orphan(board: Board, usable: list[InstanceState]) -> Step | None:
+    """A task whose lease was lost goes on at the instance that has least to do, though that has enough."""
+    orphans = [task for task in board.tasks.values() if task.orphaned and task.open and not task.leases]
+    if not orphans:
+        return None
+    rates = {one.name: liveness.rate(one, board.now_s) for one in usable}
+    fastest = max((rate for rate in rates.values() if rate), default=1.0)
+    one = min(usable, key=lambda one: (one.outstanding / (rates[one.name] or fastest), one.name))
+    reserved = sum(task.missing for task in board.open_tasks())
+    for task in orphans:
+        if (count := min(one.batch, board.unassigned - reserved + task.missing)) > 0:
+            return Place(task, one, count)
+    return None
+
+
 def _search(board: Board, usable: list[InstanceState]) -> Step | None:
     if board.unassigned <= 0:
         return None
+    if (step := _orphan(board, usable)) is not None:
+        return step
     outstanding = {one.name: one.outstanding for one in board.instances.values()}
     rooms = _Rooms(outstanding, _ahead(board, usable, board.unassigned + sum(outstanding.values())))
     ready = [one for one in usable if rooms.enough(one)]

@@ -149,6 +149,7 @@ class TaskLedger:
         seen: How many of the others' an instance was given.
         home: The instance where it goes on, because its search is warm there.
         holder: The instance that was given the latest lease.
+        orphaned: A lease of it was lost in the middle; it runs elsewhere before anything else.
     """
 
     plan: TaskPlan
@@ -180,6 +181,7 @@ class TaskLedger:
     home: str | None = None
     holder: str = ""
     moved_s: float = -math.inf
+    orphaned: bool = False
     awaited: Awaited | None = None
 
     @property
