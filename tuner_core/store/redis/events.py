@@ -8,9 +8,10 @@ from typing import Any
 
 from tuner_core.errors import UsageError
 from tuner_core.model import Record
+from tuner_core.store.groups import EXACT, ArgsInfo
 from tuner_core.store.interface import Followed, RecordFilter
 from tuner_core.store.redis import entries
-from tuner_core.store.redis.catalogue import ArgsInfo, Catalogue, read_args_info
+from tuner_core.store.redis.catalogue import Catalogue, read_args_info
 from tuner_core.store.redis.connection import Connection
 from tuner_core.store.redis.query import read_records
 from tuner_core.store.shapes import parse_shape, shape_matches
@@ -103,7 +104,7 @@ class Follower:
         return taken, len(trials)
 
     def _matches(self, where: RecordFilter, record: Record, *, condemned: bool) -> bool:
-        for name in entries.EXACT:
+        for name in EXACT:
             wanted = getattr(where, name)
             if wanted not in ("", None) and wanted != getattr(record, name):
                 return False

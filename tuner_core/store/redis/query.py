@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tuner_core.model import Record
+from tuner_core.store.groups import Selection, nearest_first
 from tuner_core.store.interface import Page, RecordFilter
 from tuner_core.store.paging import Cursor, QueryArguments
 from tuner_core.store.redis import entries
-from tuner_core.store.redis.catalogue import Catalogue, Group
+from tuner_core.store.redis.catalogue import Catalogue, RedisGroup
 from tuner_core.store.redis.connection import Connection
 from tuner_core.store.redis.entries import FAILED, VERIFIED, Entry
 
-_SOURCES_AT_ONCE = 128
+_SOURCES_AT_ONCE = 64
 _KEYS_AT_ONCE = 64
-_CHUNK = 8
 
 _Position = tuple[float, bytes]
 
@@ -33,7 +33,7 @@ class _Found:
 
     value: float
     entry: Entry
-    group: Group
+    group: RedisGroup
 
     @property
     def place(self) -> _Position:
@@ -46,14 +46,20 @@ class _Found:
 
 
 class _Source:
-    """A sorted set of a group that is being read from its beginning or from a position on."""
+    """A sorted set of a group that is being read from its beginning or from a position on.
 
-    __slots__ = ("at", "bound", "done", "group", "index", "seen")
+    Attributes:
+        bound: No further entry has a smaller value.
+        done: Whether there is no further entry up to the end of the last range.
+    """
 
-    def __init__(self, group: Group, index: str, bound: float) -> None:
+    __slots__ = ("at", "bound", "done", "group", "index", "seen", "unverified")
+
+    def __init__(self, group: RedisGroup, index: str, bound: float, *, unverified: bool = False) -> None:
         self.group = group
         self.index = index
         self.bound = bound
+        self.unverified = unverified
         self.at: float | None = None
         self.seen = 0
         self.done = False
@@ -74,14 +80,14 @@ class _Reader:
         self._snapshot = snapshot
 
     def read(
-        self, sources: Sequence[_Source], chunk: int, start: _Position | None = None
+        self, sources: Sequence[_Source], chunk: int, start: _Position | None = None, end: float = float("inf")
     ) -> list[tuple[_Source, Entry]]:
-        """The next entries of each source that match; sets where each goes on and whether it is done."""
+        """The next entries of each source that match, behind ``start`` and up to the value ``end``."""
         commands = []
         for source in sources:
             low = source.at if source.at is not None else (start[0] if start else float("-inf"))
             key = self._key(source)
-            high = self._high(source.index)
+            high = self._high(source.index, end)
             commands.append(("ZRANGE", key, repr(low), high, "BYSCORE", "LIMIT", source.seen, chunk, "WITHSCORES"))
         found: list[tuple[_Source, Entry]] = []
         for source, flat in zip(sources, self._connection.together(commands), strict=True):
@@ -93,6 +99,8 @@ class _Reader:
                 else:
                     source.at, source.seen = value, 1
                 entry = parse(member, value)
+                if source.unverified and entry.flags & VERIFIED:
+                    continue
                 if self.matches(entry) and (start is None or (value, entry.trial) > start):
                     found.append((source, entry))
             source.done = len(flat) < 2 * chunk
@@ -127,13 +135,15 @@ class _Reader:
         return where.since is None or entry.created_at >= where.since
 
     def _key(self, source: _Source) -> str:
-        latency, dated, best = self._connection.keys.of(source.group.digest).group(source.group.name)
+        latency, dated, best = self._connection.keys.of(source.group.digest).group(source.group.id)
         return {"latency": latency, "time": dated, "best": best}[source.index]
 
-    def _high(self, index: str) -> str:
-        if index == "time":
-            return "+inf" if self._where.since is None else repr(-self._where.since)
-        return "+inf" if self._where.include_failed else "(+inf"
+    def _high(self, index: str, end: float) -> str:
+        if index == "time" and self._where.since is not None:
+            end = min(end, -self._where.since)
+        if end != float("inf"):
+            return repr(end)
+        return "+inf" if index == "time" or self._where.include_failed else "(+inf"
 
 
 def run_query(connection: Connection, catalogue: Catalogue, arguments: QueryArguments) -> Page:
@@ -143,13 +153,12 @@ def run_query(connection: Connection, catalogue: Catalogue, arguments: QueryArgu
     snapshot = float(cursor.snapshot) if cursor else catalogue.stamp
     start = (cursor.sort_value, bytes.fromhex(cursor.trial_id)) if cursor else None
     reader = _Reader(connection, where, snapshot)
-    groups = [group for group in catalogue.select(where) if _may_match(group, where)]
-    if where.nearest_sm_percent is not None:
-        groups = _nearest(reader, groups, where)
+    selection = catalogue.select(where, arguments.order)
+    nearest = _NearestShare(reader, catalogue, selection, where, snapshot)
     if arguments.top_per_key:
-        found = _best_of_keys(reader, arguments, groups, start)
+        found = _best_of_keys(reader, arguments, selection, nearest, start)
     else:
-        found = _merged(reader, arguments, groups, start)
+        found = _merged(reader, arguments, nearest.only(selection), start)
     records = fetch(connection, catalogue, [(one.group.digest, one.entry.trial) for one in found[: arguments.limit]])
     if len(found) <= arguments.limit:
         return Page(tuple(records), None)
@@ -184,93 +193,189 @@ def read_records(
     }
 
 
-def _may_match(group: Group, where: RecordFilter) -> bool:
-    head = group.head
-    if where.verified_only and not head.verified:
-        return False
-    if not where.include_failed and not head.valid:
-        return False
-    return where.since is None or head.newest >= where.since
+class _NearestShare:
+    """Which groups are of the nearest share among those of their workload and device that have a record that matches.
 
+    Args:
+        reader: Of the query.
+        catalogue: Of the store.
+        selection: The groups that may match.
+        where: The filter; without a share to be near to, every group is.
+        snapshot: Stamp behind which nothing counts.
+    """
 
-def _nearest(reader: _Reader, groups: Sequence[Group], where: RecordFilter) -> list[Group]:
-    """Of groups that have a record that matches, those of each workload's and device's nearest share."""
-    wanted = where.nearest_sm_percent or 0
-    index = "best" if where.verified_only else "latency"
-    sources = [_Source(group, index, 0.0) for group in groups]
-    some = {id(source) for source, _ in reader.read_best(sources, 1)}
-    matching = [source.group for source in sources if id(source) in some]
-    nearest: dict[tuple[str, str], tuple[int, int]] = {}
-    for group in matching:
-        place = (group.digest, group.shared.device_model)
-        distance = (abs(group.shared.sm_percent - wanted), group.shared.sm_percent)
-        nearest[place] = min(nearest.get(place, distance), distance)
-    return [g for g in matching if g.shared.sm_percent == nearest[(g.digest, g.shared.device_model)][1]]
+    def __init__(
+        self,
+        reader: _Reader,
+        catalogue: Catalogue,
+        selection: Selection[RedisGroup],
+        where: RecordFilter,
+        snapshot: float,
+    ) -> None:
+        self._reader = reader
+        self._catalogue = catalogue
+        self._selection = selection
+        self._where = where
+        self._snapshot = snapshot
+        self._chosen: dict[tuple[str, str], int | None] = {}
 
+    def only(self, groups: Iterable[tuple[float, RedisGroup]]) -> Iterator[tuple[float, RedisGroup]]:
+        """Those of them, in the same order."""
+        if self._where.nearest_sm_percent is None:
+            yield from groups
+            return
+        groups = iter(groups)
+        while batch := list(itertools.islice(groups, _SOURCES_AT_ONCE)):
+            self._choose({group.place for _, group in batch})
+            yield from ((b, group) for b, group in batch if self._chosen[group.place] == group.shared.sm_percent)
 
-def _bound(order: str) -> Callable[[Group], float]:
-    if order == "latency":
-        return lambda group: group.head.best_us
-    return lambda group: -group.head.newest
+    def _choose(self, places: set[tuple[str, str]]) -> None:
+        """Choose the share of each place, for all of them at once: nearest shares first, then the next."""
+        waiting: dict[tuple[str, str], list[list[RedisGroup]]] = {}
+        for place in places - self._chosen.keys():
+            shares: dict[int, list[RedisGroup]] = {}
+            for group in self._selection.of_place(place):
+                shares.setdefault(group.shared.sm_percent, []).append(group)
+            ordered = nearest_first(self._where.nearest_sm_percent or 0, shares)
+            waiting[place] = [shares[share] for share in ordered]
+            self._chosen[place] = None
+        while waiting:
+            known = {place: self._said_by_heads(shares[0]) for place, shares in waiting.items() if shares}
+            unsaid = [group for place, said in known.items() if said is None for group in waiting[place][0]]
+            index = "best" if self._where.verified_only else "latency"
+            read = self._reader.read_best([_Source(group, index, 0.0) for group in unsaid], 1) if unsaid else []
+            there = {source.group.place for source, _ in read}
+            for place, said in known.items():
+                if said or place in there:
+                    self._chosen[place] = waiting.pop(place)[0][0].shared.sm_percent
+                else:
+                    del waiting[place][0]
+            waiting = {place: shares for place, shares in waiting.items() if shares}
+
+    def _said_by_heads(self, groups: Sequence[RedisGroup]) -> bool | None:
+        """Whether a record of one of these groups of a workload matches, or None where their heads cannot say."""
+        where = self._where
+        if where.since is not None:
+            return None
+        heads = [group.head for group in groups]
+        if not self._catalogue.unchanged_since(groups[0].digest, self._snapshot):
+            return None
+        if where.verified_only:
+            return any(head.verified if where.include_failed else head.live_verified for head in heads)
+        return any(head.records if where.include_failed else head.live for head in heads)
 
 
 def _merged(
-    reader: _Reader, arguments: QueryArguments, groups: Sequence[Group], start: _Position | None
+    reader: _Reader,
+    arguments: QueryArguments,
+    groups: Iterator[tuple[float, RedisGroup]],
+    start: _Position | None,
 ) -> list[_Found]:
-    """The first ``limit + 1`` records behind ``start``."""
+    """The first ``limit + 1`` records behind ``start``; ``groups`` by ascending bound."""
     index = "time" if arguments.order == "newest" else "best" if arguments.where.verified_only else "latency"
-    bound = _bound(arguments.order)
     wanted = arguments.limit + 1
-    heap = [(bound(group), number, _Source(group, index, bound(group))) for number, group in enumerate(groups)]
-    heapq.heapify(heap)
-    numbers = itertools.count(len(heap))
-    at_once = max(_SOURCES_AT_ONCE, wanted // 16)
+    again: list[tuple[float, int, _Source]] = []
+    numbers = itertools.count()
+    ahead = next(groups, None)
     found: list[_Found] = []
-    chunk = _CHUNK
-    while heap:
-        threshold = found[wanted - 1].value if len(found) >= wanted else float("inf")
+    while ahead is not None or again:
+        end = found[wanted - 1].value if len(found) >= wanted else float("inf")
         batch: list[_Source] = []
-        while heap and len(batch) < at_once and heap[0][0] <= threshold:
-            batch.append(heapq.heappop(heap)[2])
+        while len(batch) < max(_SOURCES_AT_ONCE, wanted // 16):
+            if again and (ahead is None or again[0][0] <= ahead[0]):
+                if again[0][0] > end:
+                    break
+                batch.append(heapq.heappop(again)[2])
+            elif ahead is not None and ahead[0] <= end:
+                batch.append(_Source(ahead[1], index, ahead[0]))
+                ahead = next(groups, None)
+            else:
+                break
         if not batch:
             break
-        size = min(max(chunk, 2 * wanted // len(batch)), wanted)
-        found += [_Found(entry.value, entry, source.group) for source, entry in reader.read(batch, size, start)]
+        chunk = min(max(4, 2 * wanted // len(batch)), wanted)
+        found += [_Found(entry.value, entry, source.group) for source, entry in reader.read(batch, chunk, start, end)]
         found.sort(key=lambda one: one.place)
         del found[wanted:]
         for source in batch:
             if not source.done:
-                heapq.heappush(heap, (source.bound, next(numbers), source))
-        chunk = min(2 * chunk, 512)
+                heapq.heappush(again, (source.bound, next(numbers), source))
     return found
 
 
+class _Best:
+    """The best few records of a look-up key, found by reading as few of its groups as that takes.
+
+    Args:
+        groups: Of the key, that may have records that match.
+        count: How many.
+        newest: Whether the page is ordered by time.
+    """
+
+    def __init__(self, groups: Iterable[RedisGroup], count: int, *, newest: bool) -> None:
+        self._count = count
+        self._newest = newest
+        self._groups = sorted(groups, key=lambda group: group.best_us, reverse=True)
+        self._verified = [group for group in self._groups if group.head.verified]
+        self._first: list[_Found] = []
+        self._then: list[_Found] = []
+
+    def next(self) -> _Source | None:
+        """What to read next: verified records before others, groups by their bounds."""
+        if self._verified:
+            if self._may_add(self._first, self._count, self._verified[-1]):
+                return _Source(self._verified.pop(), "best", 0.0)
+            self._verified.clear()
+        left = self._count - len(self._first)
+        if left > 0 and self._groups and self._may_add(self._then, left, self._groups[-1]):
+            return _Source(self._groups.pop(), "latency", 0.0, unverified=True)
+        return None
+
+    def take(self, source: _Source, entry: Entry) -> None:
+        """Add what a source had."""
+        value = -entry.created_at if self._newest else entry.value
+        kept = self._then if source.unverified else self._first
+        kept.append(_Found(value, entry, source.group))
+        kept.sort(key=lambda one: one.rank)
+
+    @property
+    def found(self) -> list[_Found]:
+        """The best of what was read."""
+        return [*self._first, *self._then][: self._count]
+
+    @staticmethod
+    def _may_add(found: Sequence[_Found], count: int, group: RedisGroup) -> bool:
+        return len(found) < count or group.best_us <= found[count - 1].entry.value
+
+
 def _best_of_keys(
-    reader: _Reader, arguments: QueryArguments, groups: Sequence[Group], start: _Position | None
+    reader: _Reader,
+    arguments: QueryArguments,
+    selection: Selection[RedisGroup],
+    nearest: _NearestShare,
+    start: _Position | None,
 ) -> list[_Found]:
     """Of the best few of every look-up key among the records that match, the first ``limit + 1`` behind ``start``."""
-    bound = _bound(arguments.order)
-    newest = arguments.order == "newest"
-    keys: dict[tuple[str, bytes], list[Group]] = {}
-    for group in groups:
-        keys.setdefault((group.digest, group.key), []).append(group)
-    waiting = sorted(keys.values(), key=lambda of_key: min(map(bound, of_key)))
     wanted, count = arguments.limit + 1, arguments.top_per_key
+    known: set[object] = set()
     found: list[_Found] = []
-    while waiting:
-        if len(found) >= wanted and min(map(bound, waiting[0])) > found[wanted - 1].value:
-            break
-        batch, waiting = waiting[:_KEYS_AT_ONCE], waiting[_KEYS_AT_ONCE:]
-        sources = [_Source(group, "latency", 0.0) for of_key in batch for group in of_key]
-        sources += [_Source(group, "best", 0.0) for of_key in batch for group in of_key if group.head.verified]
-        of_keys: dict[tuple[str, bytes], dict[bytes, _Found]] = {}
-        for source, entry in reader.read_best(sources, count):
-            value = -entry.created_at if newest else entry.value
-            group = source.group
-            of_keys.setdefault((group.digest, group.key), {})[entry.trial] = _Found(value, entry, group)
-        for candidates in of_keys.values():
-            best = heapq.nsmallest(count, candidates.values(), key=lambda one: one.rank)
-            found += [one for one in best if start is None or one.place > start]
+    groups = nearest.only(selection)
+    ahead = next(groups, None)
+    while ahead is not None and (len(found) < wanted or ahead[0] <= found[wanted - 1].value):
+        batch: list[_Best] = []
+        while ahead is not None and len(batch) < _KEYS_AT_ONCE:
+            group = ahead[1]
+            if group.key not in known:
+                known.add(group.key)
+                of_key = [other for _, other in nearest.only((0.0, one) for one in selection.of_key(group.key))]
+                batch.append(_Best(of_key, count, newest=arguments.order == "newest"))
+            ahead = next(groups, None)
+        reading = {id(source): (best, source) for best in batch if (source := best.next()) is not None}
+        while reading:
+            for source, entry in reader.read_best([source for _, source in reading.values()], count):
+                reading[id(source)][0].take(source, entry)
+            reading = {id(source): (best, source) for best, _ in reading.values() if (source := best.next())}
+        found += [one for best in batch for one in best.found if start is None or one.place > start]
         found.sort(key=lambda one: one.place)
         del found[wanted:]
     return found

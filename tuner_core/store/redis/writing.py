@@ -109,7 +109,9 @@ class RecordWriter:
         for group in self._catalogue.synchronised().everything():
             if team and group.shared.team != team:
                 continue
-            total += self._prune_group(group.digest, group.name, group.key, older_than, dry_run=dry_run)
+            total += self._prune_group(
+                group.digest, group.id, entries.key_id(group.shared.key), older_than, dry_run=dry_run
+            )
         return total
 
     def repair(self, digest: str) -> None:
