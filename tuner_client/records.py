@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from tuner_client.places import choose_place
 from tuner_client.selection import Place, Selection
 from tuner_core.compiler.target import expanded_target
 from tuner_core.compiler.trace import apply_trace
@@ -22,7 +23,6 @@ from tuner_core.compiler.workload import (
 )
 from tuner_core.errors import (
     AuthenticationError,
-    ConflictError,
     DeadlineError,
     InvalidRecordError,
     PermissionDeniedError,
@@ -74,15 +74,17 @@ class RecordDatabase(ms.database.PyDatabase):
             store.
         sm_percent: Share that the model will run on, 1..100. A server says what that is: device, SM count and target;
             None: its first share. Beside a store, only for records that TVM commits into this database.
-        device_model: As records hold it, e.g. ``NVIDIA H200``; None: the server's.
+        device_model: As records hold it, e.g. ``NVIDIA H200``, or a server's name for a device of it (``cuda:1``);
+            None: the server's. It must say, or the target, where a server has devices of several models.
         sm_count: SMs (or cores) that the model will run on; None: the server's at that share.
         target: ``tvm.target.Target``, mapping or JSON; None: the server's at that share.
         strict: Require device, SM count and TVM version to be the same. When False, a workload without such a record
             gets the one of the nearest SM count, the same version and device preferred, and the log says so.
 
     Raises:
-        UsageError: TVM does not know the target, the address is not one, or a store came without device, SM count and
-            target.
+        UsageError: TVM does not know the target, the address is not one, a store came without device, SM count and
+            target, or a server has several devices and nothing says which is meant.
+        ConflictError: The server has no such device.
         StoreError, UnavailableError (also when queried): As the server or the store raises them.
     """
 
@@ -109,11 +111,13 @@ class RecordDatabase(ms.database.PyDatabase):
             store = self._connect(store_or_server)
             if device_model is None or sm_count is None or target_json is None:
                 try:
-                    offered = _place_of_server(self._channel, store_or_server.address, sm_percent)
+                    offered = _place_of_server(
+                        self._channel, store_or_server.address, sm_percent, device_model, target_json
+                    )
                 except BaseException:
                     self.close()
                     raise
-                device_model = device_model or offered.device_model
+                device_model = offered.device_model
                 sm_count = sm_count or offered.sm_count
                 target_json = target_json or offered.target_json
         self._sm_percent = sm_percent or 100
@@ -270,7 +274,9 @@ def _from_json(row: list[Any], workload: Any, mod: Any, trace: str) -> Any:
             raise InvalidRecordError(f"TVM cannot read the record: {lines[-1][:300]}") from None
 
 
-def _place_of_server(channel: Any, address: str, sm_percent: int | None) -> Place:
+def _place_of_server(
+    channel: Any, address: str, sm_percent: int | None, device: str | None, target_json: str | None
+) -> Place:
     """What a share of a server's device is."""
     from tuner_core.proto.tuner.v1 import host_pb2, host_pb2_grpc
     from tuner_core.transport.channel import call
@@ -278,9 +284,8 @@ def _place_of_server(channel: Any, address: str, sm_percent: int | None) -> Plac
     request = host_pb2.GetHostRequest(sm_percent=sm_percent or 0)
     stub = host_pb2_grpc.HostServiceStub(channel)
     host = call(stub.GetHost, request, address=address, timeout_s=_HOST_TIMEOUT_S)
-    if not host.devices:
-        raise ConflictError(f"the server at {address} has no device: give device_model, sm_count and target")
-    return Place(host.devices[0].model, host.sm_count, canonical_json(json.loads(host.target_json)))
+    chosen = choose_place(host, address, device=device, target_json=target_json)
+    return Place(chosen.device_model, chosen.sm_count, canonical_json(json.loads(chosen.target_json)))
 
 
 def _json(target: Any) -> str:

@@ -137,16 +137,11 @@ class Engine:
         """The workers of all devices as they are now."""
         return [worker for device in self.devices for worker in device.fleet.workers()]
 
-    async def offer(self, sm_percent: int, target_json: str = "") -> Offer:
-        """What a job with that share would run on.
-
-        Args:
-            sm_percent: The share.
-            target_json: Target that the job wants; empty: that of the first device with partitions of the share, or
-                else of the first device.
+    async def offers(self, sm_percent: int) -> list[Offer]:
+        """What a share is here: one offer for devices of each model, those with partitions of the share first.
 
         Raises:
-            UsageError, ConflictError: No device can be partitioned so, or may be, or has the target.
+            UsageError, ConflictError: No device can be partitioned so, or may be.
         """
         shares = sorted({share for device in self.devices for share in device.configured}, reverse=True)
         if sm_percent not in shares and not self._config.repartition:
@@ -172,23 +167,32 @@ class Engine:
         if not groups:
             assert refusal is not None
             raise refusal
-        wanted = {
-            key: devices
-            for key, devices in groups.items()
-            if not target_json or target_digest(key[0]) == target_digest(target_json)
-        }
-        if not wanted:
-            own = ", ".join(dict.fromkeys(target for target, _, _ in groups))
-            raise ConflictError(
-                f"this server measures for the target {own}, not for {target_json}; "
-                "leave out --target, or use a server with that device"
-            )
-        for (target, _, sm_count), devices in wanted.items():
+        found = []
+        for (target, _, sm_count), devices in groups.items():
             having = tuple(device for device in devices if sm_percent in device.configured)
-            if having:
-                return Offer(sm_percent, sm_count, target, having, True)
-        (target, _, sm_count), devices = next(iter(wanted.items()))
-        return Offer(sm_percent, sm_count, target, tuple(devices), False)
+            found.append(Offer(sm_percent, sm_count, target, having or tuple(devices), bool(having)))
+        return sorted(found, key=lambda offer: not offer.on_offer)
+
+    async def offer(self, sm_percent: int, target_json: str = "") -> Offer:
+        """What a job with that share would run on.
+
+        Args:
+            sm_percent: The share.
+            target_json: Target that the job wants; empty: that of the first device with partitions of the share, or
+                else of the first device.
+
+        Raises:
+            UsageError, ConflictError: No device can be partitioned so, or may be, or has the target.
+        """
+        offers = await self.offers(sm_percent)
+        for offer in offers:
+            if not target_json or target_digest(offer.target_json) == target_digest(target_json):
+                return offer
+        own = ", ".join(dict.fromkeys(offer.target_json for offer in offers))
+        raise ConflictError(
+            f"this server measures for the target {own}, not for {target_json}; "
+            "leave out --target, or use a server with that device"
+        )
 
     # Life
 

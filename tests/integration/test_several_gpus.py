@@ -93,6 +93,10 @@ def test_a_job_runs_on_every_gpu_with_its_share_and_target_and_each_measurement_
             on_h200 = await server.offer(25)  # the first device's model, when none is asked for
             assert {device.name for device in on_h200.devices} == {"cuda:0", "cuda:2"}
             target = await server.devices[1].provider.target_json(25)
+            offers = [(one.device.model, len(one.devices), one.on_offer) for one in await server.offers(25)]
+            assert offers == [("NVIDIA H200", 2, True), ("NVIDIA L4", 1, True)]
+            offers = [(one.device.model, len(one.devices), one.on_offer) for one in await server.offers(10)]
+            assert offers == [("NVIDIA H200", 2, False), ("NVIDIA L4", 1, False)]
             with pytest.raises(ConflictError, match="measures for the target"):
                 await server.offer(50, '{"kind": "cuda"}')
 

@@ -8,9 +8,10 @@ import socket
 import pytest
 
 from tuner_client.sharding.addresses import expand, is_fleet
-from tuner_client.sharding.admission import HostFacts, admit
+from tuner_client.sharding.admission import HostFacts, admit, facts_of, mismatch
 from tuner_core.errors import ConflictError, UnavailableError, UsageError
 from tuner_core.model import PROTOCOL, TVM_VERSION, canonical_json
+from tuner_core.proto.tuner.v1 import host_pb2
 from tuner_core.transport.options import ConnectionOptions
 
 SM90 = canonical_json({"kind": "cuda", "arch": "sm_90"})
@@ -43,6 +44,23 @@ def test_equal_instances_take_part() -> None:
     assert [host.address for host in found.admitted] == ["a:1", "b:1"]
     assert found.job.target_json == SM90
     assert not found.left_out
+
+
+def test_a_server_with_devices_of_two_models_takes_part_with_the_one_that_the_job_tunes_for() -> None:
+    place = host_pb2.Place(device_model="NVIDIA L4", device_kind="cuda", target_json='{"kind":"cuda","arch":"sm_89"}')
+    fitting = host_pb2.Place(
+        device_model="NVIDIA H200", device_kind="cuda", device_arch="sm_90", target_json=SM90, sm_count=32
+    )
+    answer = host_pb2.GetHostResponse(
+        instance="two", protocol=PROTOCOL, tvm_version=TVM_VERSION, places=[place, fitting], target_json="{}"
+    )
+    both = facts_of("b:1", answer)
+    assert both.device_model == "NVIDIA L4"
+    for hosts, target in (([H200, both], SM90), ([both, H200], SM90)):
+        found = admit(hosts, sm_percent=25, target_json=target)
+        assert {host.address for host in found.admitted} == {"a:1", "b:1"}
+        assert {(host.device_model, host.sm_count) for host in found.admitted} == {("NVIDIA H200", 32)}
+    assert mismatch(both, found.job, target_given=False) == ""
 
 
 def test_who_does_not_match_is_left_out_with_the_reason() -> None:

@@ -25,6 +25,7 @@ from tuner_client.request import (
 @click.option("--output", "-o", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write.")
 @click.option("--input-shape", multiple=True, metavar="NAME=SHAPE", help="Of an open input; repeatable.")
 @click.option("--target", default="auto", metavar="auto|JSON", help="TVM target.  [default: auto, the server's own]")
+@click.option("--device", metavar="NAME", help="Model, UUID or name (cuda:1), where the server has several models.")
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),
@@ -42,6 +43,7 @@ def build_command(
     output: Path,
     input_shape: tuple[str, ...],
     target: str,
+    device: str | None,
     layout: str,
     nearest_share: bool,
 ) -> None:
@@ -61,6 +63,7 @@ def build_command(
             output=output,
             input_shapes=shapes,
             target=json.loads(target_json) if target_json else None,
+            device=device,
             layout=layout,
             strict=not nearest_share,
         )

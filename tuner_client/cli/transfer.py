@@ -55,9 +55,10 @@ def export_command(session: Session, folder: Path, where: RecordFilter, split: b
 @click.command("import", epilog="Example: tuner-client import ./database --sm-percent 100 --team vision")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--sm-percent", type=int, metavar="P", help="Share that DIR was measured at.  [default: 100]")
+@click.option("--device", metavar="NAME", help="Model, UUID or name (cuda:1), where the server has several models.")
 @click.option("--team", default="", envvar="TUNER_TEAM", metavar="TEAM", help="Team that the records belong to.")
 @session_options
-def import_command(session: Session, folder: Path, sm_percent: int | None, team: str) -> None:
+def import_command(session: Session, folder: Path, sm_percent: int | None, device: str | None, team: str) -> None:
     """Read DIR, written by stock TVM's ms.database.JSONDatabase on a device like the server's.
 
     Lines that cannot be read are named; the rest is imported, and the exit code is 3.
@@ -66,7 +67,7 @@ def import_command(session: Session, folder: Path, sm_percent: int | None, team:
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
     with session.client() as client:
-        report = client.import_records(folder, sm_percent=sm_percent, team=team)
+        report = client.import_records(folder, sm_percent=sm_percent, device=device, team=team)
     if session.as_json:
         print_document(_document(report))
     else:

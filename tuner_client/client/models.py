@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from tuner_client.client.server import ServerClient
 from tuner_client.preparing import import_model, prepare_model
 from tuner_client.request import check_layout, check_model_path, check_output, check_sm_percent
-from tuner_core.errors import ConflictError
 
 if TYPE_CHECKING:
     from tuner_client.building import BuildReport
@@ -50,6 +49,7 @@ class ModelClient(ServerClient):
         output: str | os.PathLike[str],
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         target: Mapping[str, Any] | None = None,
+        device: str | None = None,
         layout: str = "auto",
         strict: bool = True,
     ) -> BuildReport:
@@ -61,14 +61,21 @@ class ModelClient(ServerClient):
             output: File to write.
             input_shapes: Shapes of inputs by name, where the model leaves them open.
             target: Target; None: the server's own at this share.
+            device: Model, UUID or name (``cuda:1``) of the server's device to build for, where it has several models
+                and no target says which.
             layout: Of 2-D convolutions, as given to ``tune``.
             strict: Only records of exactly this device, SM count, target and TVM version. When False, an operator
                 without any takes the nearest, see :class:`tuner_client.RecordDatabase`; the report names these.
 
         Returns:
             What was built, with the coverage: N of M operators tuned.
+
+        Raises:
+            UsageError: The server has devices of several models, and nothing says which is meant.
+            ConflictError: It has no such device.
         """
         from tuner_client.building import build_model, choose, open_database
+        from tuner_client.places import choose_place
         from tuner_client.selection import Place
 
         check_sm_percent(sm_percent)
@@ -77,11 +84,11 @@ class ModelClient(ServerClient):
         check_output(Path(output))
         imported = self._import(Path(model), {key: tuple(shape) for key, shape in (input_shapes or {}).items()})
         host = self.host(sm_percent)
-        target_json = json.dumps(dict(target)) if target is not None else host.target_json
-        if not host.devices:
-            raise ConflictError(f"the server at {self.connection.address} has no device to build for")
+        asked = None if target is None else json.dumps(dict(target))
+        chosen_place = choose_place(host, self.connection.address, device=device, target_json=asked)
+        target_json = asked or chosen_place.target_json
         prepared = self._prepare(imported, target_json, layout)
-        place = Place(host.devices[0].model, host.sm_count, target_json)
+        place = Place(chosen_place.device_model, chosen_place.sm_count, target_json)
         with self._progress.step(f"building {Path(output).name}"), self._quiet():
             chosen = choose(prepared, open_database(self.store, place, strict=strict))
             return build_model(prepared, chosen, Path(output), place)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner_client.client.server import ServerClient
 from tuner_client.request import check_sm_percent
-from tuner_core.errors import ConflictError, UnavailableError, UsageError
+from tuner_core.errors import UnavailableError, UsageError
 from tuner_core.model import Record
 from tuner_core.store.interface import Page, RecordFilter
 
@@ -131,27 +131,36 @@ class RecordClient(ServerClient):
             return export_folder(Path(folder), store, where or RecordFilter(), split=split)
 
     def import_records(
-        self, folder: str | os.PathLike[str], *, sm_percent: int | None = None, team: str = ""
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        sm_percent: int | None = None,
+        device: str | None = None,
+        team: str = "",
     ) -> ImportReport:
         """Read a folder written by stock TVM's ``JSONDatabase``, as measured on the server's device.
 
         Args:
             folder: The folder.
             sm_percent: Share that it was measured with; None: the whole device.
+            device: Model, UUID or name (``cuda:1``) of the server's device, where it has several models.
             team: Team that the records belong to.
+
+        Raises:
+            UsageError: There is no folder, or the server has devices of several models and nothing says which.
+            ConflictError: It has no such device.
         """
+        from tuner_client.places import choose_place, first_device
         from tuner_core.model import DeviceInfo
 
         check_sm_percent(sm_percent)
         if not Path(folder).is_dir():
             raise UsageError(f"there is no folder {folder}")
         host = self.host(sm_percent or 100)
-        if not host.devices:
-            raise ConflictError(f"the server at {self.connection.address} has no device to import for")
-        first = host.devices[0]
-        device = DeviceInfo(
-            first.kind, first.model, first.arch, first.uuid, first.sm_count, first.driver_version, host.cuda_version
-        )
+        place = choose_place(host, self.connection.address, device=device)
+        one = first_device(host, place)
+        cuda_version = one.cuda_version or host.cuda_version
+        info = DeviceInfo(one.kind, one.model, one.arch, one.uuid, one.sm_count, one.driver_version, cuda_version)
         store = self.store
         with self._progress.step("importing"), self._quiet():
             from tuner_core.compiler.tvm_setup import load_tvm
@@ -161,8 +170,8 @@ class RecordClient(ServerClient):
             return import_folder(
                 Path(folder),
                 store,
-                device=device,
+                device=info,
                 sm_percent=sm_percent or 100,
-                sm_count=host.sm_count or first.sm_count,
+                sm_count=place.sm_count,
                 team=team,
             )

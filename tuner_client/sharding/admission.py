@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from tuner_client.places import places_of
 from tuner_core.errors import ConflictError, UsageError
-from tuner_core.model import PROTOCOL, TVM_VERSION, canonical_json
+from tuner_core.model import PROTOCOL, TVM_VERSION, canonical_json, target_digest
 
 if TYPE_CHECKING:
     from tuner_core.proto.tuner.v1 import host_pb2
@@ -25,6 +26,7 @@ class HostFacts:
         instance: Its own name; the same one at two addresses is one server.
         shares: Shares that its workers have.
         sm_count, target_json: At the job's share.
+        others: The same of its devices of other models.
     """
 
     address: str
@@ -38,6 +40,15 @@ class HostFacts:
     target_json: str
     shares: frozenset[int] = frozenset()
     store: str = ""
+    others: tuple[HostFacts, ...] = ()
+
+    def at(self, target_json: str | None) -> HostFacts:
+        """These facts for the devices that have a target; without a target, or without such devices, as they are."""
+        if target_json is None:
+            return self
+        wanted = target_digest(target_json)
+        here = (one for one in (self, *self.others) if one.target_json)
+        return next((one for one in here if target_digest(one.target_json) == wanted), self)
 
 
 @dataclass(frozen=True)
@@ -61,20 +72,31 @@ class Admission:
 
 def facts_of(address: str, host: host_pb2.GetHostResponse) -> HostFacts:
     """The facts in an answer to GetHost."""
-    device = host.devices[0] if host.devices else None
-    return HostFacts(
+    found = HostFacts(
         address=address,
         instance=host.instance,
         protocol=host.protocol,
         tvm_version=host.tvm_version,
-        device_kind=device.kind if device else "",
-        device_model=device.model if device else "",
-        device_arch=device.arch if device else "",
+        device_kind="",
+        device_model="",
+        device_arch="",
         sm_count=host.sm_count,
-        target_json=canonical_json(json.loads(host.target_json)) if host.target_json else "",
+        target_json="",
         shares=frozenset(worker.sm_percent for worker in host.workers),
         store=host.store,
     )
+    here = [
+        replace(
+            found,
+            device_kind=place.device_kind,
+            device_model=place.device_model,
+            device_arch=place.device_arch,
+            sm_count=place.sm_count,
+            target_json=canonical_json(json.loads(place.target_json)) if place.target_json else "",
+        )
+        for place in places_of(host)
+    ]
+    return replace(here[0], others=tuple(here[1:])) if here else found
 
 
 def admit(hosts: Sequence[HostFacts], *, sm_percent: int, target_json: str | None) -> Admission:
@@ -91,7 +113,7 @@ def admit(hosts: Sequence[HostFacts], *, sm_percent: int, target_json: str | Non
     """
     left_out: dict[str, str] = {}
     fit: list[HostFacts] = []
-    for host in hosts:
+    for host in (one.at(target_json) for one in hosts):
         reason = _twice(host, fit) or _unfit(host, sm_percent, target_json)
         if reason:
             left_out[host.address] = reason
@@ -123,6 +145,7 @@ def admit(hosts: Sequence[HostFacts], *, sm_percent: int, target_json: str | Non
 
 def mismatch(host: HostFacts, job: JobFacts, *, target_given: bool = True) -> str:
     """Why an instance cannot measure for a job, or nothing."""
+    host = host.at(job.target_json)
     if reason := _unfit(host, job.sm_percent, job.target_json if target_given else None):
         return reason
     if host.device_model != job.device_model:

@@ -50,6 +50,16 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
             sm_percent=share,
             trials_measured=self._jobs.trials_measured,
         )
+        for place in await engine.offers(share):
+            response.places.add(
+                device_model=place.device.model,
+                device_kind=place.device.kind,
+                device_arch=place.device.arch,
+                target_json=place.target_json,
+                sm_count=place.sm_count,
+                devices=[device.name for device in place.devices],
+                on_offer=place.on_offer,
+            )
         for device in engine.devices:
             info = device.info
             response.devices.add(

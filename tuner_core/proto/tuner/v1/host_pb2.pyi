@@ -38,6 +38,24 @@ class Device(_message.Message):
     measuring: Measuring
     def __init__(self, kind: _Optional[str] = ..., model: _Optional[str] = ..., arch: _Optional[str] = ..., uuid: _Optional[str] = ..., sm_count: _Optional[int] = ..., driver_version: _Optional[str] = ..., target_json: _Optional[str] = ..., name: _Optional[str] = ..., shares: _Optional[_Iterable[int]] = ..., present_shares: _Optional[_Iterable[int]] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., cuda_version: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., measuring: _Optional[_Union[Measuring, _Mapping]] = ...) -> None: ...
 
+class Place(_message.Message):
+    __slots__ = ("device_model", "device_kind", "device_arch", "target_json", "sm_count", "devices", "on_offer")
+    DEVICE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_KIND_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ARCH_FIELD_NUMBER: _ClassVar[int]
+    TARGET_JSON_FIELD_NUMBER: _ClassVar[int]
+    SM_COUNT_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    ON_OFFER_FIELD_NUMBER: _ClassVar[int]
+    device_model: str
+    device_kind: str
+    device_arch: str
+    target_json: str
+    sm_count: int
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    on_offer: bool
+    def __init__(self, device_model: _Optional[str] = ..., device_kind: _Optional[str] = ..., device_arch: _Optional[str] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., devices: _Optional[_Iterable[str]] = ..., on_offer: bool = ...) -> None: ...
+
 class Spans(_message.Message):
     __slots__ = ("count", "last_s", "longest_s", "total_s")
     COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -100,7 +118,7 @@ class GetHostRequest(_message.Message):
     def __init__(self, sm_percent: _Optional[int] = ...) -> None: ...
 
 class GetHostResponse(_message.Message):
-    __slots__ = ("instance", "version", "protocol", "tvm_version", "cuda_version", "devices", "workers", "running_jobs", "draining", "store", "partition_kinds", "target_json", "sm_count", "trials_measured", "sm_percent")
+    __slots__ = ("instance", "version", "protocol", "tvm_version", "cuda_version", "devices", "workers", "running_jobs", "draining", "store", "partition_kinds", "target_json", "sm_count", "trials_measured", "sm_percent", "places")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +134,7 @@ class GetHostResponse(_message.Message):
     SM_COUNT_FIELD_NUMBER: _ClassVar[int]
     TRIALS_MEASURED_FIELD_NUMBER: _ClassVar[int]
     SM_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
     instance: str
     version: str
     protocol: str
@@ -131,7 +150,8 @@ class GetHostResponse(_message.Message):
     sm_count: int
     trials_measured: int
     sm_percent: int
-    def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., running_jobs: _Optional[_Iterable[str]] = ..., draining: bool = ..., store: _Optional[str] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., trials_measured: _Optional[int] = ..., sm_percent: _Optional[int] = ...) -> None: ...
+    places: _containers.RepeatedCompositeFieldContainer[Place]
+    def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., protocol: _Optional[str] = ..., tvm_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., running_jobs: _Optional[_Iterable[str]] = ..., draining: bool = ..., store: _Optional[str] = ..., partition_kinds: _Optional[_Iterable[str]] = ..., target_json: _Optional[str] = ..., sm_count: _Optional[int] = ..., trials_measured: _Optional[int] = ..., sm_percent: _Optional[int] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()
