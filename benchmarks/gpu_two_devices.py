@@ -2,23 +2,26 @@
 two servers with one GPU each.
 
     python benchmarks/gpu_two_devices.py [--trials 600] [--devices cuda:0 cuda:1] [--sides one two two-servers]
+    python benchmarks/gpu_two_devices.py --instances [--seeds 1 2] [--cores-per-device 16]
 
 A GPU comes with its part of the host's cores, because most of a trial's cost is its build: the server with one GPU may
 use half of the cores, the one with two all of them. Every server starts with an empty store. Reported side by side:
 trials per second over the whole job (as the job says) and from the first to the last trial of the search; how much of
 that time each device was busy (workers that measure, sampled; and NVML's utilisation, which only says that some kernel
-was resident); the model's final latency. Written after each side. Rehearsal on a CPU: ``--devices cpu:0 cpu:1 --model
-shufflenet --sm-percent 0``.
+was resident); the model's final latency. Written after each side. ``--instances`` is one job on one instance and on
+two, each side once for every seed in turns: two should do at least 1.8 times the trials per second and end at the same
+latency. ``--cores-per-device`` says how many cores a GPU comes with: cores that neither side uses keep the sides alike,
+since no side then has all of the host's caches and clocks for itself. Rehearsal on a CPU: ``--devices cpu:0 cpu:1
+--model shufflenet --sm-percent 0``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import itertools
 import os
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -28,16 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import results
+from model_job import light_models, tune
 from service import running_server
 
 from tuner_client import Client, RecordFilter
+from tuner_client.render.measuring import measuring_document
 from tuner_core.errors import TunerError
 from tuner_core.model import Origin
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from light_model import light_models
-
 SAMPLE_S = 0.25
+SIDES = ("one", "two", "two-servers")
+RATIOS = ("trials_per_s", "trials_per_s_first_to_last", "model_us", "weighted_best_us")
 
 
 class BusyShare(threading.Thread):
@@ -112,36 +116,12 @@ def nvml_utilisation() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def tune(addresses: Sequence[str], model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The client's document of one job.
-
-    Raises:
-        RuntimeError: The command failed, with its last line.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "tuner_client",
-        "tune",
-        str(model),
-        "--json",
-        "--refresh",
-        "--name",
-        options.job_name,
-    ]
-    command += [word for address in addresses for word in ("--server", address)]
-    command += ["--trials", str(options.trials), "--seed", "1"]
-    if options.sm_percent:
-        command += ["--sm-percent", str(options.sm_percent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=options.side_limit_s)
-    if done.returncode not in (0, 3):
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
-
-
 def measure_side(
-    side: str, servers: Sequence[tuple[Sequence[str], Sequence[int]]], model: Path, options: argparse.Namespace
+    side: str,
+    servers: Sequence[tuple[Sequence[str], Sequence[int]]],
+    model: Path,
+    seed: int,
+    options: argparse.Namespace,
 ) -> tuple[dict[str, Any], Any]:
     """One row.
 
@@ -149,6 +129,7 @@ def measure_side(
         side: Its name.
         servers: Devices and cores of each server.
         model: What to tune.
+        seed: Of the search.
         options: Of the command line.
 
     Returns:
@@ -168,19 +149,32 @@ def measure_side(
         sampler = BusyShare(addresses)
         sampler.start()
         try:
-            document = tune(addresses, model, options)
+            document = tune(
+                addresses,
+                model,
+                [
+                    "--name",
+                    options.job_name,
+                    *(("--sm-percent", str(options.sm_percent)) if options.sm_percent else ()),
+                ],
+                trials=options.trials,
+                seed=seed,
+                limit_s=options.side_limit_s,
+            )
         finally:
             sampler.stop()
-        records, hosts = [], []
+        records, hosts, measuring = [], [], []
         for address in addresses:
             client = stack.enter_context(Client(address))
             hosts.append(client.host())
+            measuring.append([measuring_document(device.measuring) for device in hosts[-1].devices])
             records += list(client.query(RecordFilter(model=options.job_name, include_failed=True)))
     unique = {record.trial_id: record for record in records}.values()
     times = sorted(record.created_at for record in unique if record.origin is Origin.SEARCH and not record.verified)
     workers = [worker for host in hosts for worker in host.workers]
     row = {
         "side": side,
+        "seed": seed,
         "servers": len(servers),
         "devices": [device.uuid for host in hosts for device in host.devices],
         "cores": sum(len(cores) for _, cores in servers),
@@ -193,6 +187,7 @@ def measure_side(
         "elapsed_s": document["elapsed_s"],
         "busy": sampler.between(times[0], times[-1]) if times else {},
         "status": document["status"],
+        "measuring": measuring,
         "model_latency_us": document["model_latency_us"],
         "weighted_best_us": sum(
             task["weight"] * (task["best_latency_us"] or task["baseline_latency_us"] or 0.0)
@@ -219,6 +214,19 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Medians over the seeds of every other side, relative to the first side's."""
+    by_side: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_side[row["side"]].append({**row, "model_us": row["model_latency_us"]["tuned"]})
+    medians = {
+        side: {name: statistics.median(values) for name in RATIOS if (values := [row[name] for row in of if row[name]])}
+        for side, of in by_side.items()
+    }
+    (_, first), *others = medians.items()
+    return {side: {name: own[name] / first[name] for name in own if name in first} for side, own in others}
+
+
 def halves_of(cores: Sequence[int]) -> tuple[list[int], list[int]]:
     """Two halves that share no physical core, where the host says which processors are hyper-threads of one."""
     siblings: dict[str, list[int]] = defaultdict(list)
@@ -239,12 +247,18 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--sm-percent", type=int, default=25)
     parser.add_argument("--workers", type=int, default=4, help="per device (default: 4)")
-    parser.add_argument("--sides", nargs="*", default=["one", "two", "two-servers"])
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--instances", action="store_true", help="only one instance beside two")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1], help="every side once for each (default: 1)")
+    parser.add_argument("--cores-per-device", type=int, help="default: half of the host's")
     parser.add_argument("--budget-s", type=float, default=330, help="no side begins later (default: 330)")
     parser.add_argument("--side-limit-s", type=float, default=240)
     parser.add_argument("--out", type=Path, default=results.DIRECTORY)
-    parser.add_argument("--name", default="gpu-two-devices", help="of the result file (default: %(default)s)")
+    parser.add_argument("--name", help="of the result file (default: gpu-two-devices, or gpu-two-instances)")
     options = parser.parse_args()
+    if options.instances:
+        options.sides = ["one", "two-servers"]
+    options.name = options.name or ("gpu-two-instances" if options.instances else "gpu-two-devices")
     options.job_name = f"{options.model}-two-devices"
     options.server_arguments = []
     if options.sm_percent:
@@ -255,28 +269,28 @@ def main() -> None:
     if first.startswith("cpu"):  # a device of its own cores: the server needs all of them
         halves = (cores, cores)
     else:
-        halves = halves_of(cores)
+        first_half, second_half = halves_of(cores)
+        each = options.cores_per_device or len(cores)
+        halves = (first_half[:each], second_half[:each])
     sides = {
         "one": [([first], halves[0])],
-        "two": [([first, second], cores)],
+        "two": [([first, second], sorted({*halves[0], *halves[1]}))],
         "two-servers": [([first], halves[0]), ([second], halves[1])],
     }
     before, began = results.machine(), time.monotonic()
     rows: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
-    for side in options.sides:
+    for seed, side in itertools.product(options.seeds, options.sides):
         if time.monotonic() - began > options.budget_s:
-            failures[side] = "no time left"
+            failures[f"{side}, seed {seed}"] = "no time left"
             continue
         try:
-            row, device = measure_side(side, sides[side], model, options)
-        except (RuntimeError, TunerError, subprocess.TimeoutExpired) as error:
-            failures[side] = str(error)
+            row, device = measure_side(side, sides[side], model, seed, options)
+        except (RuntimeError, TunerError) as error:
+            failures[f"{side}, seed {seed}"] = str(error)
             print(f"{side}: {error}", flush=True)
             continue
         rows.append(row)
-        for key in ("trials_per_s", "trials_per_s_first_to_last"):
-            row[f"ratio_{key}"] = row[key] / rows[0][key] if rows[0][key] else None
         show(row)
         written = results.write(
             options.name,
@@ -287,13 +301,11 @@ def main() -> None:
             directory=options.out,
             model=options.model,
             not_measured=failures,
+            ratios=ratios(rows),
         )
         print(f"written to {os.path.relpath(written)}", flush=True)
-    for row in rows[1:]:
-        print(
-            f"{row['side']} to {rows[0]['side']}: {row['ratio_trials_per_s_first_to_last']:.2f} times the trials/s "
-            f"from first to last, {row['ratio_trials_per_s']:.2f} over the whole job"
-        )
+    for side, by_figure in ratios(rows).items():
+        print(f"{side} to {rows[0]['side']}: " + ", ".join(f"{name} {value:.2f}" for name, value in by_figure.items()))
     sys.exit(1 if failures else 0)
 
 
