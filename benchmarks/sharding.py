@@ -1,15 +1,17 @@
 """How well one job spreads over several instances: efficiency, failover, and what the client costs.
 
-    python benchmarks/sharding.py [--instances 1 2 4 16] [--trials 240] [--heartbeat-s 5]
+    python benchmarks/sharding.py [--instances 1 2 4 16] [--trials 200] [--heartbeat-s 5]
 
 Instances are server processes that replay recorded measurements over real gRPC (``tests/replay_server.py``): each
 measures five trials per second whatever machine this runs on, so the figures are about sharding, not about a device.
+The same jobs run in virtual time, too (``tests/replay/world.py``): what the design allows, without this machine.
+About seven minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import os
 import signal
 import sys
 import tempfile
@@ -18,45 +20,134 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import results
-from tests.integration.replay_fleet import FACTS, Script, fleet
+from tests.integration.replay_fleet import FACTS, Fleet, Script, fleet, records_of
+from tests.replay.instance import CONCLUSION_TRIALS, ReplayInstance
+from tests.replay.source import replay_tasks
+from tests.replay.world import World
 from tests.replay_server import replay_spec
+from tuner_client.job import JobReport
+from tuner_client.sharding.tuning import default_store
+from tuner_core.leases.state import LeaseSettings
+from tuner_core.model import Origin
 
 WORKERS = 4
 TRIAL_S = 0.8
 RATE = WORKERS / TRIAL_S
-TASKS_PER_INSTANCE = 4
+TASKS_EACH, UNTUNABLE_EACH = 4, 2
+NETWORK_S = (0.001, 0.02)
+RESNET50_TASKS = 25
+SPEED_TRIALS, SPEED_TRIAL_S = 8_000, 0.02
+GOALS = {4: 0.9, 16: 0.8}
 
 
-def efficiency(instances: int, trials_each: int, heartbeat_s: float) -> dict[str, Any]:
-    """One job on so many instances: trials per second against what they could measure without a pause.
+def busy_share(tasks: int, untunable: int, trials: int, instances: int, elapsed_s: float) -> float:
+    """Share of all workers' time in which they measured something that the job needed."""
+    needed = trials + tasks + untunable + CONCLUSION_TRIALS * tasks
+    return needed * TRIAL_S / (instances * WORKERS * elapsed_s)
+
+
+def simulated(
+    instances: int, tasks: int, untunable: int, trials: int, heartbeat_s: float, factors: Sequence[float] = (1.0,)
+) -> dict[str, Any]:
+    """One job in virtual time.
 
     Args:
         instances: How many.
-        trials_each: Budget per instance.
+        tasks, untunable: Of the job.
+        trials: Its budget.
+        heartbeat_s: Of the leases.
+        factors: How many times slower than usual instances are, in turns.
+
+    Returns:
+        Seconds in all and from the first to the last trial, and trials per second against what all could measure.
+    """
+    replayed = replay_tasks(tasks, untunable=untunable)
+    named = {task.name: task for task in replayed}
+    members = [
+        ReplayInstance(f"i{index:02}", named, TRIAL_S, WORKERS, factor=factors[index % len(factors)])
+        for index in range(instances)
+    ]
+    world = World(replayed, members, trials, LeaseSettings(heartbeat_s=heartbeat_s), network_s=NETWORK_S)
+    world.run()
+    capacity = sum(RATE / factors[index % len(factors)] for index in range(instances))
+    return {
+        "elapsed_s": round(world.now_s, 2),
+        "search_s": round(world.counted_s[-1] - world.counted_s[0], 2),
+        "of_capacity": round(trials / world.now_s / capacity, 3),
+    }
+
+
+def spread(instances: int, tasks: int, untunable: int, trials: int, heartbeat_s: float) -> dict[str, Any]:
+    """One job on so many server processes.
+
+    Args:
+        instances: How many.
+        tasks, untunable: Of the job.
+        trials: Its budget.
         heartbeat_s: Of the leases.
     """
-    trials = trials_each * instances
     with tempfile.TemporaryDirectory() as folder, fleet(Path(folder)) as servers:
         for _ in range(instances):
             servers.add(trial_s=TRIAL_S, workers=WORKERS)
-        script = Script()
-        before_s, began = time.process_time(), time.monotonic()
-        spec = replay_spec(max(8, TASKS_PER_INSTANCE * instances), trials, untunable=8)
-        report = servers.tuner(script, heartbeat_s=heartbeat_s).drive(spec, FACTS)
-        elapsed_s, cpu_s = time.monotonic() - began, time.process_time() - before_s
-        assert report.status == "done" and report.measured == trials, report.error
+        report, cost = _driven(servers, tasks, untunable, trials, heartbeat_s)
+        records = records_of(default_store(servers.client_folder), report.job)
+        times_s = sorted(
+            record.created_at for record in records if record.origin is Origin.SEARCH and not record.verified
+        )
         return {
             "instances": instances,
+            "tasks": tasks,
             "trials": trials,
-            "elapsed_s": round(elapsed_s, 2),
-            "trials_per_s": round(trials / elapsed_s, 2),
-            "client_cpu_s_per_1000_trials": round(cpu_s / trials * 1000, 3),
-            "client_peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "elapsed_s": cost["elapsed_s"],
+            "search_s": round(times_s[-1] - times_s[0], 2),
+            "trials_per_s": round(trials / cost["elapsed_s"], 2),
+            "of_capacity": round(trials / cost["elapsed_s"] / (RATE * instances), 3),
+            "workers_busy": round(busy_share(tasks, untunable, trials, instances, cost["elapsed_s"]), 3),
             "late_results": sum(one.late for one in report.instances),
+            **cost,
+            "simulated": simulated(instances, tasks, untunable, trials, heartbeat_s),
         }
+
+
+def _driven(
+    servers: Fleet, tasks: int, untunable: int, trials: int, heartbeat_s: float
+) -> tuple[JobReport, dict[str, Any]]:
+    """Run a job; its report, and what the client and this machine had to do for it."""
+    client = psutil.Process()
+    processes = [psutil.Process(server.process.pid) for server in servers.servers]
+    rss = client.memory_info().rss
+    servers_s = sum(sum(process.cpu_times()[:2]) for process in processes)
+    before_s, began = time.process_time(), time.monotonic()
+    spec = replay_spec(tasks, trials, untunable=untunable)
+    report = servers.tuner(Script(), heartbeat_s=heartbeat_s).drive(spec, FACTS)
+    elapsed_s, cpu_s = time.monotonic() - began, time.process_time() - before_s
+    servers_s = sum(sum(process.cpu_times()[:2]) for process in processes) - servers_s
+    assert report.status == "done" and report.measured == trials, report.error
+    return report, {
+        "elapsed_s": round(elapsed_s, 2),
+        "client_cpu_s_per_1000_trials": round(cpu_s / trials * 1000, 3),
+        "client_mib_per_1000_trials": round((client.memory_info().rss - rss) / 2**20 / trials * 1000, 2),
+        "cores_busy_with_clients_and_servers": round((cpu_s + servers_s) / elapsed_s / (os.cpu_count() or 1), 3),
+    }
+
+
+def client_at_speed(heartbeat_s: float) -> dict[str, Any]:
+    """What the client costs when four instances measure as fast as this machine lets them.
+
+    Args:
+        heartbeat_s: Of the leases.
+    """
+    with tempfile.TemporaryDirectory() as folder, fleet(Path(folder)) as servers:
+        for _ in range(4):
+            servers.add(trial_s=SPEED_TRIAL_S, workers=WORKERS)
+        _, cost = _driven(servers, 16, 0, SPEED_TRIALS, heartbeat_s)
+        rate = SPEED_TRIALS / cost["elapsed_s"]
+        return {"client_at_trials_per_s": round(rate, 1), "trials": SPEED_TRIALS, **cost}
 
 
 def failover(number: signal.Signals, heartbeat_s: float) -> dict[str, Any]:
@@ -102,24 +193,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything, write ``results/sharding.json``, say whether the goals are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instances", type=int, nargs="+", default=[1, 2, 4, 16])
-    parser.add_argument("--trials", type=int, default=240, help="per instance")
+    parser.add_argument("--trials", type=int, default=200, help="per instance")
     parser.add_argument("--heartbeat-s", type=float, default=5.0)
     parser.add_argument("--directory", type=Path, default=results.DIRECTORY)
     options = parser.parse_args(arguments)
+    heartbeat_s = options.heartbeat_s
     before = results.machine()
     rows: list[dict[str, Any]] = []
+
+    print("as much work for each instance: 4 tuned operators, 2 others, trials")
+    print(
+        f"{'':10}{'seconds':>9}{'search':>8}{'busy':>7}{'efficiency':>12}{'of search':>11}{'simulated':>11}{'cores':>7}"
+    )
     for count in options.instances:
-        row = efficiency(count, options.trials, options.heartbeat_s)
+        row = spread(count, TASKS_EACH * count, UNTUNABLE_EACH * count, options.trials * count, heartbeat_s)
         base = rows[0] if rows else row
-        row["efficiency"] = round(
-            row["trials_per_s"] / row["instances"] / (base["trials_per_s"] / base["instances"]), 3
-        )
-        row["of_capacity"] = round(row["trials_per_s"] / (RATE * count), 3)
+        row["efficiency"] = round(base["elapsed_s"] / row["elapsed_s"], 3)
+        row["efficiency_of_search"] = round(base["search_s"] / row["search_s"], 3)
+        row["simulated"]["efficiency"] = round(base["simulated"]["elapsed_s"] / row["simulated"]["elapsed_s"], 3)
         rows.append(row)
-        print(row, flush=True)
+        goal = GOALS.get(count)
+        print(
+            f"{count:3} servers{row['elapsed_s']:9.1f}{row['search_s']:8.1f}{row['workers_busy']:7.2f}"
+            f"{row['efficiency']:12.2f}{row['efficiency_of_search']:11.2f}{row['simulated']['efficiency']:11.2f}"
+            f"{row['cores_busy_with_clients_and_servers']:7.2f}"
+            + (f"   goal {goal}: {'met' if row['efficiency'] >= goal else 'NOT met'}" if goal else ""),
+            flush=True,
+        )
+    few = spread(16, 8, 8, options.trials * 16, heartbeat_s)
+    rows.append({"fewer_tasks_than_instances": True, **few})
+    print(f"8 operators on 16 servers: {few['elapsed_s']:.1f} s, {few['of_capacity']:.2f} of what all could measure")
+    for instances, tasks, factors in (
+        (4, RESNET50_TASKS, (1.0,)),
+        (16, RESNET50_TASKS, (1.0,)),
+        (16, 8, (1.0,)),
+        (16, RESNET50_TASKS, (1.0, 1.0, 1.0, 4.0)),
+    ):
+        found = simulated(instances, tasks, 8, options.trials * instances, heartbeat_s, factors)
+        rows.append({"simulated_only": found, "instances": instances, "tasks": tasks, "factors": factors})
+        slow = f", every fourth {factors[-1]:g} times slower" if len(factors) > 1 else ""
+        print(
+            f"simulated: {tasks} operators on {instances}{slow}: {found['of_capacity']:.2f} of what all could measure"
+        )
+    rows.append(client_at_speed(heartbeat_s))
+    print(
+        f"client at {rows[-1]['client_at_trials_per_s']:.0f} trials/s: "
+        f"{rows[-1]['client_cpu_s_per_1000_trials']:.2f} core-seconds and "
+        f"{rows[-1]['client_mib_per_1000_trials']:.1f} MiB for each 1,000"
+    )
     for number in (signal.SIGKILL, signal.SIGSTOP):
-        rows.append(failover(number, options.heartbeat_s))
-        print(rows[-1], flush=True)
+        rows.append(failover(number, heartbeat_s))
+        print(
+            f"{number.name}: {rows[-1]['leases_moved']} leases run elsewhere after {rows[-1]['first_s']:.2f} to "
+            f"{rows[-1]['last_s']:.2f} s, {rows[-1]['last_heartbeats']:.2f} heartbeats (goal: under 2)",
+            flush=True,
+        )
     path = results.write(
         "sharding",
         rows,

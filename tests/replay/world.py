@@ -103,6 +103,7 @@ class World:
         self.holders: dict[tuple[str, int], set[str]] = {}
         self.granted: list[tuple[float, str, str, int]] = []
         self.events = 0
+        self.counted_s: list[float] = []
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._network_s = network_s
@@ -126,7 +127,7 @@ class World:
         while self.away or self.machine.finished is None:
             assert self._queue, "nothing will ever happen again"
             self.now_s, _, what = heapq.heappop(self._queue)
-            assert self.now_s < limit_s, f"the job does not end: {self.machine.board}"
+            assert self.now_s < limit_s, f"the job does not end: {self.said[-5:]}"
             what()
         for link in self.links.values():  # those that are away come back, and are asked once more
             link.instance.run_until(self.now_s)
@@ -135,6 +136,8 @@ class World:
     def feed(self, event: m.Event) -> None:
         assert not self.away
         self.events += 1
+        if isinstance(event, m.TrialFinished):
+            self.counted_s.append(self.now_s)
         for instruction in self.machine.handle(event):
             self._perform(instruction)
 
