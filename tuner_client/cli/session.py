@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 from click.core import ParameterSource
 
+from tuner_client.cli.connecting import connection_flags, server_options
 from tuner_client.cli.ending import environment_server
 from tuner_client.sharding.addresses import is_fleet
 from tuner_core.datadir import default_data_dir
 from tuner_core.errors import UsageError
-from tuner_core.transport.options import ConnectionOptions, read_token
+from tuner_core.transport.options import ConnectionOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,8 @@ class Session:
         debug: Show what libraries print.
         reconnect_s: For how long a lost server is waited for.
         servers: Every server that was named.
-        options_for: How to connect to an address.
+        options_of: How to connect to each of several servers; what it gives takes an address.
+        connecting: TLS or token options were given, which are for a server that is named.
     """
 
     connection: ConnectionOptions | None
@@ -50,7 +52,8 @@ class Session:
     debug: bool
     reconnect_s: float
     servers: tuple[str, ...] = ()
-    options_for: Callable[[str], ConnectionOptions] = ConnectionOptions
+    options_of: Callable[[Sequence[str]], Callable[[str], ConnectionOptions]] = lambda _: ConnectionOptions
+    connecting: bool = False
 
     def __post_init__(self) -> None:
         # Progress goes to duplicates: descriptors 1 and 2 are the log's while libraries work.
@@ -88,6 +91,8 @@ class Session:
         from tuner_client.api import Client
         from tuner_client.progress import Silent
 
+        if not self.servers and self.connecting:
+            raise UsageError("TLS and token options are for a server that is named: give --server HOST:PORT")
         if self.several:
             raise UsageError(f"this command talks to one server, but {', '.join(self.servers)} were given")
         return Client(
@@ -107,7 +112,7 @@ class Session:
         from tuner_client.api import Client
         from tuner_client.sharding.addresses import expand
 
-        for options in expand(self.servers, self.options_for)[0]:
+        for options in expand(self.servers, self.options_of(self.servers))[0]:
             yield Client(options, data_dir=self.data_dir, reconnect_s=self.reconnect_s), options.address
 
     @property
@@ -175,39 +180,38 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         debug: bool,
         reconnect_s: float,
         tls: bool,
-        tls_ca: Path | None,
-        tls_cert: Path | None,
-        tls_key: Path | None,
-        tls_name: str,
-        token_file: Path | None,
+        tls_ca: tuple[str, ...],
+        tls_cert: tuple[str, ...],
+        tls_key: tuple[str, ...],
+        tls_name: tuple[str, ...],
+        token_file: tuple[str, ...],
         insecure: bool,
         **rest: Any,
     ) -> Any:
         servers = list(server) or environment_server()
-        if not servers and _on_command_line("tls", "tls_ca", "tls_cert", "tls_key", "token_file"):
-            raise UsageError("TLS and token options are for a server that is named: give --server HOST:PORT")
-        options_for = functools.partial(
-            ConnectionOptions,
+        connecting = _on_command_line("tls", "tls_ca", "tls_cert", "tls_key", "tls_name", "token_file")
+        options_of = functools.partial(
+            server_options,
             tls=tls,
             tls_ca=tls_ca,
             tls_cert=tls_cert,
             tls_key=tls_key,
             tls_name=tls_name,
-            token=read_token(token_file, os.environ),
+            token_file=token_file,
             insecure=insecure,
         )
         connection = None
         if servers and not is_fleet(servers):
-            connection = options_for(servers[0])
+            connection = options_of(servers)(servers[0])
         folder = (data_dir or default_data_dir()).absolute()
-        session = Session(connection, folder, as_json, debug, reconnect_s, tuple(servers), options_for)
+        session = Session(connection, folder, as_json, debug, reconnect_s, tuple(servers), options_of, connecting)
         try:
             return command(session=session, **rest)
         finally:
             session.close_view()
 
     path = click.Path(path_type=Path)
-    options = [
+    first = [
         click.option(
             "--server",
             multiple=True,
@@ -218,13 +222,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--data-dir", type=path, envvar="TUNER_DATA_DIR", metavar="DIR", help="Of the local server, and the log."
         ),
-        click.option("--tls", is_flag=True, help="Use TLS with the system's certificate authorities."),
-        click.option("--tls-ca", type=path, envvar="TUNER_TLS_CA", metavar="FILE", help="Authorities to trust; PEM."),
-        click.option("--tls-cert", type=path, envvar="TUNER_TLS_CERT", metavar="FILE", help="Own certificate; PEM."),
-        click.option("--tls-key", type=path, envvar="TUNER_TLS_KEY", metavar="FILE", help="Its key; PEM."),
-        click.option("--tls-name", default="", metavar="NAME", help="Name in the server's certificate, if another."),
-        click.option("--token-file", type=path, metavar="FILE", help="Token to show the server.  [env: TUNER_TOKEN]"),
-        click.option("--insecure", is_flag=True, help="Send the token without TLS on a network you trust."),
+    ]
+    last = [
         click.option(
             "--reconnect-s",
             type=click.FloatRange(0, 86400),
@@ -235,6 +234,8 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--debug", is_flag=True, help="Show tracebacks and library output."),
     ]
-    for option in reversed(options):
-        run = option(run)
-    return run
+    decorators: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [*first, connection_flags, *last]
+    decorated: Callable[..., Any] = run
+    for add in reversed(decorators):
+        decorated = add(decorated)
+    return decorated

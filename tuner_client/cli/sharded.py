@@ -63,7 +63,8 @@ def sharded_tuner(
     from tuner_client.sharding.addresses import expand
     from tuner_client.sharding.tuning import ShardedTuner, ShardingOptions
 
-    servers, notes = expand(session.servers or remembered, session.options_for)
+    named = session.servers or tuple(remembered)
+    servers, notes = expand(named, session.options_of(named))
     for note in notes:
         session.progress.note(note)
     options = ShardingOptions(tuple(servers), store or "", wait, heartbeat_s)
