@@ -48,6 +48,7 @@ from tuner_core.store.open import open_store
 from tuner_core.store.wire import workload_from_message, workload_to_message
 from tuner_core.transport.options import SERVER_CHANNEL_OPTIONS
 from tuner_server.scheduler.task_claims import TTL_S, TaskClaims
+from tuner_server.services.auth import Authenticator
 from tuner_server.services.records import RecordServicer
 
 TARGET = '{"kind":"llvm","mcpu":"x86-64","num-cores":2}'
@@ -70,7 +71,10 @@ def replay_spec(tunable: int, trials: int, *, untunable: int = 0) -> tuning_pb2.
 class Shard:
     """One job on this server: the replaying instance, its records, its events."""
 
-    def __init__(self, job: str, spec: tuning_pb2.JobSpec, settings: dict[str, Any], store: Any) -> None:
+    def __init__(
+        self, job: str, spec: tuning_pb2.JobSpec, settings: dict[str, Any], store: Any, instance_name: str
+    ) -> None:
+        self.instance_name = instance_name
         self.job = job
         self.spec = spec
         self.store = store
@@ -198,7 +202,8 @@ class Shard:
             model=self.spec.model,
             failure=None if valid else FailureKind(said.failure),
             origin=origin,
-            instance=self.name,
+            instance=self.instance_name,
+            team=self.spec.team,
         )
 
     def message(self, said: Said) -> leases_pb2.WatchShardResponse:
@@ -254,7 +259,8 @@ class Shard:
 
 
 class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
-    def __init__(self, settings: dict[str, Any], store: Any, host: HostServicer) -> None:
+    def __init__(self, settings: dict[str, Any], store: Any, host: HostServicer, authenticator: Authenticator) -> None:
+        self.authenticator = authenticator
         self.settings = settings
         self.store = store
         self.host = host
@@ -269,7 +275,8 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
 
     async def OpenShard(self, request: Any, context: Any) -> Any:
         if request.job not in self.shards:
-            shard = Shard(request.job, request.spec, self.settings, self.store)
+            request.spec.team = self.authenticator.team(context.invocation_metadata()) or request.spec.team
+            shard = Shard(request.job, request.spec, self.settings, self.store, self.host.name)
             shard.instance.lease_s = request.lease_s
             self.shards[request.job] = shard
             await shard.begin()
@@ -389,13 +396,19 @@ async def serve(settings: dict[str, Any]) -> None:
     store = open_store(settings.get("store") or f"sqlite:///{folder / 'records.sqlite'}")
     await asyncio.sleep(settings.get("start_s", 0.0))
     host = HostServicer(settings)
-    leases = LeaseServicer(settings, store, host)
-    server = grpc.aio.server(options=SERVER_CHANNEL_OPTIONS)
+    authenticator = Authenticator(settings.get("tokens", {}))
+    leases = LeaseServicer(settings, store, host, authenticator)
+    server = grpc.aio.server(interceptors=[authenticator], options=SERVER_CHANNEL_OPTIONS)
     host_pb2_grpc.add_HostServiceServicer_to_server(host, server)
     tuning_pb2_grpc.add_TuningServiceServicer_to_server(TuningServicer(), server)
-    records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(store), server)
+    records_pb2_grpc.add_RecordServiceServicer_to_server(RecordServicer(store, authenticator), server)
     leases_pb2_grpc.add_LeaseServiceServicer_to_server(leases, server)
-    port = server.add_insecure_port(f"{settings.get('host', '127.0.0.1')}:{settings.get('port', 0)}")
+    place = f"{settings.get('host', '127.0.0.1')}:{settings.get('port', 0)}"
+    if "tls_cert" in settings:
+        pair = (Path(settings["tls_key"]).read_bytes(), Path(settings["tls_cert"]).read_bytes())
+        port = server.add_secure_port(place, grpc.ssl_server_credentials([pair]))
+    else:
+        port = server.add_insecure_port(place)
     await server.start()
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)

@@ -208,6 +208,7 @@ class ShardDriver:
                     link.left_out = link.trouble
                     self._gone(link, f"is left out: {link.trouble}")
                     self._progress.note(f"{link.address} is left out: {link.trouble}")
+                    self._check_anybody_left()
                     return
                 refused = "refused" in link.trouble
                 if link.joined and (refused or failures > 0):
@@ -215,6 +216,12 @@ class ShardDriver:
                     self._gone(link, "is gone" if refused else "cannot be reached")
             await asyncio.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else 0.02)
             failures += 1
+
+    def _check_anybody_left(self) -> None:
+        """Raise ConflictError when every server is left out for good: there is nothing to wait for."""
+        if all(link.left_out for link in self._links.values()):
+            reasons = "; ".join(f"{link.address}: {link.left_out}" for link in self._links.values())
+            raise ConflictError(f"no server can take part in {self._job.job} ({reasons}); what was measured is kept")
 
     def _gone(self, link: InstanceLink, reason: str) -> None:
         while not link.commands.empty():

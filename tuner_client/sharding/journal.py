@@ -76,8 +76,15 @@ class ShardJournal:
 
     def save(self, report: JobReport, **more: Any) -> None:
         """Write how far the job has come."""
-        self.state |= {"report": asdict(report), **more}
+        addresses = self.addresses | {one.name: one.address for one in report.instances if one.name}
+        self.state |= {"report": asdict(report), "addresses": addresses, **more}
         self._save()
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where instances are whose names are in the job's records; a server has a new name after every restart."""
+        known: dict[str, str] = self.state.get("addresses") or {}
+        return known
 
     @property
     def cancel_wanted(self) -> bool:

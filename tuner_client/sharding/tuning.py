@@ -262,12 +262,11 @@ class ShardedTuner:
         }
         await self._gather_first(links, gatherer, settings, spec, keys, again=bool(journal.state["epoch"]))
         known = {}
-        addresses = {one["name"]: one["address"] for one in before.get("instances", ())}
         states = {task["name"]: task for task in before.get("tasks", ())}
         for name, key in keys.items():
             records = await asyncio.to_thread(records_of, store, key, job.job if spec.refresh else "")
             gatherer.note(record for record in records if record.job == job.job)
-            history = task_history(records, job.job, addresses)
+            history = task_history(records, job.job, journal.addresses)
             state = states.get(name, {})
             over = state.get("verified") and state.get("state") in ("tuned", "fallback") and history.published_id
             known[name] = dataclasses.replace(history, concluded=bool(over))
