@@ -11,6 +11,8 @@ from tuner_client.client.records import RecordClient
 from tuner_client.job import JobInterrupted as JobInterrupted
 from tuner_client.job import JobReport
 from tuner_client.progress import Progress
+from tuner_core.allocation.budget import DEFAULT_NEGLIGIBLE_SHARE
+from tuner_core.allocation.stopping import DEFAULT_PATIENCE
 from tuner_core.transport.options import ConnectionOptions
 
 
@@ -20,6 +22,10 @@ class Client(JobClient, RecordClient):
     Args:
         server: ``HOST:PORT``, or how to connect to it; None: the server that runs on the data directory, else one of
             our own for as long as this client is open.
+        early_stopping: A task whose last so many trials hardly shortened the model gets no more; 0: never.
+        negligible_percent: Operators that together take less of the untuned model get no trials; 0: tune all.
+        experience: Whose trials a search learns from besides its own operator's: ``store`` (all past ones), ``job``
+            (this job's) or ``none``.
         data_dir: The data directory; None: the user's.
         progress: Hears what happens; None: nobody.
         reconnect_s: For how long a job that is followed waits for a lost server.
@@ -46,6 +52,9 @@ def tune(
     seed: int = 0,
     tags: Mapping[str, str] | None = None,
     layout: str = "auto",
+    early_stopping: int = DEFAULT_PATIENCE,
+    negligible_percent: float = 100 * DEFAULT_NEGLIGIBLE_SHARE,
+    experience: str = "store",
     data_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> JobReport:
@@ -94,4 +103,7 @@ def tune(
             seed=seed,
             tags=tags,
             layout=layout,
+            early_stopping=early_stopping,
+            negligible_percent=negligible_percent,
+            experience=experience,
         )

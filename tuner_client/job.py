@@ -37,6 +37,7 @@ class TaskReport:
         best_latency_us: Best latency known, None when there is none.
         verified: The best one was measured again alone on the device, and its output is right.
         instance: Server that tuned it; of a sharded job its address, the last one when it moved.
+        stopped_early: Its trials made too little progress, and the rest of them went to others.
         trials_by_instance: Of a sharded job: who measured how many of them, by address.
         error: Why it failed or was left to the fallback schedule, for people.
     """
@@ -57,6 +58,7 @@ class TaskReport:
     instance: str = ""
     error: str = ""
     best_trial_id: str = ""
+    stopped_early: bool = False
     trials_by_instance: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -86,6 +88,7 @@ class TaskReport:
             "error": self.error or None,
             "trial_id": self.best_trial_id or None,
             "trials_by_instance": dict(self.trials_by_instance),
+            "stopped_early": self.stopped_early,
         }
 
 
@@ -275,6 +278,7 @@ def _task_report(status: tuning_pb2.TaskStatus) -> TaskReport:
         instance=status.instance,
         error=status.error,
         best_trial_id=status.best_trial_id,
+        stopped_early=status.stopped_early,
     )
 
 

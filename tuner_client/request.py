@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tuner_core.allocation.budget import DEFAULT_NEGLIGIBLE_SHARE
+from tuner_core.allocation.stopping import DEFAULT_PATIENCE
 from tuner_core.errors import UsageError
 from tuner_core.model import canonical_json
 
 MAX_TRIALS = 1_000_000
 TRIALS_PER_TASK = 64
 LAYOUTS = ("auto", "NCHW", "NHWC")
+EXPERIENCES = ("store", "job", "none")
+"""Trials of all other tasks, those of the past in the store too; of the tasks of this job; nothing."""
 _MAX_NAME = 200
 
 
@@ -34,6 +38,9 @@ class TuneRequest:
         seed: Of the search.
         tags: Stored with every record.
         layout: Of 2-D convolutions: ``auto``, ``NCHW`` or ``NHWC``.
+        early_stopping: A task whose last so many trials hardly shortened the model gets no more; 0: never.
+        negligible_percent: Operators that together take less of the untuned model get no trials; 0: none.
+        experience: What a search starts from besides its own task's trials, see :data:`EXPERIENCES`.
 
     Raises:
         UsageError: A value is out of range or malformed.
@@ -51,6 +58,9 @@ class TuneRequest:
     seed: int = 0
     tags: Mapping[str, str] = field(default_factory=dict)
     layout: str = "auto"
+    early_stopping: int = DEFAULT_PATIENCE
+    negligible_percent: float = 100 * DEFAULT_NEGLIGIBLE_SHARE
+    experience: str = EXPERIENCES[0]
 
     def __post_init__(self) -> None:
         check_sm_percent(self.sm_percent)
@@ -58,6 +68,12 @@ class TuneRequest:
         check_layout(self.layout)
         if self.trials is not None and not 1 <= self.trials <= MAX_TRIALS:
             raise UsageError(f"--trials must be between 1 and {MAX_TRIALS}, not {self.trials}")
+        if not 0 <= self.early_stopping <= MAX_TRIALS:
+            raise UsageError(f"--early-stopping must be between 0 (never) and {MAX_TRIALS}, not {self.early_stopping}")
+        if not 0 <= self.negligible_percent < 100:
+            raise UsageError(f"--negligible must be at least 0 and under 100, not {self.negligible_percent:g}")
+        if self.experience not in EXPERIENCES:
+            raise UsageError(f"--experience must be one of {', '.join(EXPERIENCES)}, not '{self.experience[:40]}'")
         if self.output is not None:
             check_output(self.output)
         if self.name is not None and not self.name.strip():

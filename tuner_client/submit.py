@@ -43,4 +43,7 @@ def job_spec(request: TuneRequest, prepared: Prepared, *, digest: str, target_js
         request_id=uuid.uuid4().hex,
         tags=dict(request.tags),
         layout=prepared.layout,
+        early_stopping=request.early_stopping,
+        negligible_percent=request.negligible_percent,
+        experience=request.experience,
     )

@@ -70,22 +70,31 @@ def test_candidates_that_only_differ_in_unrolling_differ_in_their_code() -> None
     assert max(codes.values()) == 1
 
 
-def test_a_task_starts_where_its_siblings_have_been() -> None:
+@pytest.mark.parametrize("target", [LLVM, CUDA], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("source", ["its process", "records"])
+def test_a_task_starts_where_its_siblings_have_been(target: str, source: str) -> None:
     import json
 
     from tuner_server.search.experience import Experience
+    from tuner_server.search.messages import Lesson
     from tuner_server.search.session import SearchSession
 
     def cost(trace: str) -> float:  # the innermost factor of the columns, as vector code has it
         return 100.0 / json.loads(trace)[1][1][1][-1]
 
     experience = Experience()
-    first = SearchSession(matmul(64).body, LLVM, SearchSettings(), 1, experience=experience)
+    first = SearchSession(matmul(64).body, target, SearchSettings(), 1, experience=experience)
+    trials = []
     for _ in range(3):
-        first.report([KnownTrial(trace, cost(trace)) for trace in first.generate(16)])
-    alone = SearchSession(matmul(128).body, LLVM, SearchSettings(), 1).generate(16)
-    taught = SearchSession(matmul(128).body, LLVM, SearchSettings(), 1, experience=experience).generate(16)
-    assert sum(map(cost, taught)) < 0.5 * sum(map(cost, alone))
+        batch = [KnownTrial(trace, cost(trace)) for trace in first.generate(16)]
+        first.report(batch)
+        trials += batch
+    if source == "records":
+        experience = Experience()
+        assert experience.learn(Lesson("past", trial.trace, trial.median_us) for trial in trials) == len(trials)
+    alone = SearchSession(matmul(128).body, target, SearchSettings(), 1).generate(16)
+    taught = SearchSession(matmul(128).body, target, SearchSettings(), 1, experience=experience).generate(16)
+    assert sum(map(cost, taught)) < 0.6 * sum(map(cost, alone))
 
 
 def test_schedules_that_were_good_at_another_share_are_proposed_first() -> None:

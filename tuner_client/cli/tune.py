@@ -9,7 +9,9 @@ import click
 
 from tuner_client.cli.session import Session, session_options
 from tuner_client.cli.sharded import sharding_options, tune_on_several, wants_sharding
-from tuner_client.request import LAYOUTS, TuneRequest, parse_input_shapes, parse_tags, parse_target
+from tuner_client.request import EXPERIENCES, LAYOUTS, TuneRequest, parse_input_shapes, parse_tags, parse_target
+from tuner_core.allocation.budget import DEFAULT_NEGLIGIBLE_SHARE
+from tuner_core.allocation.stopping import DEFAULT_PATIENCE
 from tuner_core.errors import UsageError
 
 
@@ -35,6 +37,30 @@ from tuner_core.errors import UsageError
 @click.option("--team", default="", envvar="TUNER_TEAM", metavar="TEAM", help="Team that the records belong to.")
 @click.option("--tag", multiple=True, metavar="KEY=VALUE", help="Stored with every record; repeatable.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the search.")
+@click.option(
+    "--early-stopping",
+    type=int,
+    default=DEFAULT_PATIENCE,
+    show_default=True,
+    metavar="TRIALS",
+    help="Trials of an operator that may go by while the model hardly becomes faster; then the rest go to others. 0: "
+    "never stop.",
+)
+@click.option(
+    "--negligible",
+    type=float,
+    default=100 * DEFAULT_NEGLIGIBLE_SHARE,
+    show_default=True,
+    metavar="PERCENT",
+    help="Operators that together take less of the untuned model get no trials. 0: tune all.",
+)
+@click.option(
+    "--experience",
+    type=click.Choice(EXPERIENCES),
+    default=EXPERIENCES[0],
+    show_default=True,
+    help="Whose trials a search learns from besides its own operator's: all past ones, this job's, or none.",
+)
 @click.option("--refresh", is_flag=True, help="Measure again what the store already holds.")
 @click.option("--detach", is_flag=True, help="Leave the job to the server and return at once.")
 @sharding_options
@@ -52,6 +78,9 @@ def tune_command(
     team: str,
     tag: tuple[str, ...],
     seed: int,
+    early_stopping: int,
+    negligible: float,
+    experience: str,
     refresh: bool,
     detach: bool,
     store: str | None,
@@ -80,6 +109,9 @@ def tune_command(
         seed=seed,
         tags=parse_tags(tag),
         layout=layout,
+        early_stopping=early_stopping,
+        negligible_percent=negligible,
+        experience=experience,
     )
     if wants_sharding(session, store, wait):
         if detach:

@@ -15,6 +15,8 @@ from tuner_client.client.models import ModelClient
 from tuner_client.client.server import HOST_TIMEOUT_S
 from tuner_client.job import DETACHED, JobInterrupted, JobReport, job_report
 from tuner_client.request import TuneRequest, check_model_path, check_output
+from tuner_core.allocation.budget import DEFAULT_NEGLIGIBLE_SHARE
+from tuner_core.allocation.stopping import DEFAULT_PATIENCE
 from tuner_core.errors import ConflictError, DeadlineError, UnavailableError, UsageError
 from tuner_core.model import JobState
 
@@ -44,6 +46,9 @@ class JobClient(ModelClient):
         seed: int = 0,
         tags: Mapping[str, str] | None = None,
         layout: str = "auto",
+        early_stopping: int = DEFAULT_PATIENCE,
+        negligible_percent: float = 100 * DEFAULT_NEGLIGIBLE_SHARE,
+        experience: str = "store",
         detach: bool = False,
     ) -> JobReport:
         """Tune a model; see :func:`tuner_client.tune` for the arguments.
@@ -70,6 +75,9 @@ class JobClient(ModelClient):
             seed=seed,
             tags=dict(tags or {}),
             layout=layout,
+            early_stopping=early_stopping,
+            negligible_percent=negligible_percent,
+            experience=experience,
         )
         return self.run(request, detach=detach)
 

@@ -70,7 +70,8 @@ def task_table(tasks: list[TaskReport], *, best: str = "after", fill: bool = Fal
 
 
 def _trials(task: TaskReport) -> str:
-    return f"{task.trials}+{task.reused}" if task.reused else str(task.trials)
+    trials = f"{task.trials}+{task.reused}" if task.reused else str(task.trials)
+    return f"{trials}, stopped" if task.stopped_early else trials
 
 
 def final_view(report: JobReport) -> RenderableType:
@@ -158,6 +159,10 @@ def summary(report: JobReport) -> Text:
             trials += f" ({report.failed} failed)"
         if report.reused:
             trials += f", {report.reused} reused from the store"
+        if stopped := sum(task.stopped_early for task in report.tasks):
+            trials += f"; {units.count(stopped, 'operator')} stopped early"
+            if (unspent := report.budget - report.measured - report.reused) > 0:
+                trials += f", {unspent} of the budget not needed"
         text.append(f"\n{trials}, in {units.duration(report.elapsed_s)}")
         if report.measured and report.trials_per_s:
             text.append(f" ({units.rate(report.trials_per_s)})")

@@ -109,6 +109,7 @@ def _task(ledger: TaskLedger, workload: Workload) -> TaskReport:
         instance=ledger.holder or next(iter(ledger.by_instance), ""),
         error=ledger.error,
         best_trial_id=ledger.best_trial_id,
+        stopped_early=ledger.stopped_early,
         trials_by_instance={name: count for name, count in ledger.by_instance.items() if ledger.counted and count},
     )
 

@@ -26,6 +26,7 @@ from tuner_client.sharding.journal import ShardJournal, sharded_job
 from tuner_client.sharding.link import InstanceLink
 from tuner_client.sharding.report import ShardedJob
 from tuner_core.allocation.budget import MIN_TRIALS
+from tuner_core.allocation.options import negligible_share_of, stopping_of
 from tuner_core.errors import ConflictError, TunerError
 from tuner_core.leases.machine import LeaseMachine
 from tuner_core.leases.state import LeaseSettings
@@ -248,7 +249,12 @@ class ShardedTuner:
             created_at=before.get("created_at") or time.time(),
             spent_s=before.get("elapsed_s", 0.0),
         )
-        settings = LeaseSettings(heartbeat_s=self._options.heartbeat_s, wait_s=self._options.wait_s)
+        settings = LeaseSettings(
+            heartbeat_s=self._options.heartbeat_s,
+            wait_s=self._options.wait_s,
+            stopping=stopping_of(spec),
+            negligible_share=negligible_share_of(spec),
+        )
         store_url = self._options.store or str(journal.state["store"])
         gatherer = Gatherer(store, store_url, job.job, self._progress.note)
         links = [InstanceLink(server) for server in self._options.servers]

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 MIN_TRIALS = 8
 """Trials that a task needs at least, so that one valid candidate can be promoted."""
 
+DEFAULT_NEGLIGIBLE_SHARE = 0.005
+"""Operators that together take less of the untuned model keep the fallback schedule."""
+
 
 @dataclass(frozen=True)
 class TaskHistory:
@@ -60,3 +63,37 @@ def tasks_worth_trials(
     if not chosen and trials > 0 and weighted_latency_us:
         chosen = [max(weighted_latency_us, key=lambda index: (weighted_latency_us[index], -index))]
     return chosen
+
+
+def negligible_tasks(weighted_latency_us: Mapping[int, float], others_us: float, share: float) -> list[int]:
+    """The tasks that are not worth trials: the cheapest ones that together take less than a share of the model.
+
+    Together, so that many small operators are not dropped one by one until a large part of the model is untuned.
+
+    Args:
+        weighted_latency_us: Task index to weight times latency of the fallback schedule.
+        others_us: The same, summed over operators that are not tuned anyway.
+        share: Of the whole model's time; 0: every task is worth trials.
+
+    Returns:
+        Task indices, the cheapest first.
+    """
+    left = share * (others_us + sum(weighted_latency_us.values()))
+    dropped: list[int] = []
+    for task in sorted(weighted_latency_us, key=lambda index: (weighted_latency_us[index], -index)):
+        left -= weighted_latency_us[task]
+        if left < 0:
+            break
+        dropped.append(task)
+    return dropped if share > 0 else []
+
+
+def negligible_reason(share: float) -> str:
+    """Why a task got no trials, for people."""
+    return f"not worth trials: with the other small operators less than {100 * share:g} % of the untuned model"
+
+
+def negligible_line(count: int, share: float) -> str:
+    """What is said when tasks get no trials."""
+    keep = "1 operator keeps" if count == 1 else f"{count} operators keep"
+    return f"{keep} the fallback schedule: less than {100 * share:g} % of the untuned model together"

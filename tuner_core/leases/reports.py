@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tuner_core.allocation import budget
+from tuner_core.allocation.stopping import weighted_latency_us
 from tuner_core.leases import awaiting, holding, membership
 from tuner_core.leases import messages as m
 from tuner_core.leases.state import Board, Phase, TaskLedger
@@ -84,11 +85,24 @@ def trial(board: Board, event: m.TrialFinished, out: list[m.Instruction]) -> boo
     elif task.best_us is None or event.latency_us < task.best_us:
         task.best_us = event.latency_us
     _note_history(task, event.latency_us)
+    _stop_if_still(board, task, out)
     one.unplanned += 1
     if not taken and one.unplanned < one.batch // 2 and one.outstanding > one.batch // 2:
         return False  # nothing to decide yet, and this happens with every trial
     one.unplanned = 0
     return True
+
+
+def _stop_if_still(board: Board, task: TaskLedger, out: list[m.Instruction]) -> None:
+    """Lease no more trials of a task when its last ones hardly shortened the model."""
+    stopping = board.settings.stopping
+    if task.exhausted or not stopping.patience:
+        return
+    model_us = weighted_latency_us((t.plan.weight, t.best_us or t.baseline_us) for t in board.tasks.values())
+    fresh = max(0, len(task.history_us) - 1 - task.produced[""])  # this client's
+    if stopping.stands_still(task.plan.weight, task.history_us, fresh, model_us):
+        task.exhausted = task.stopped_early = True
+        out.append(m.Say(f"{task.plan.name}: {stopping.line()}"))
 
 
 def _note_history(task: TaskLedger, latency_us: float | None) -> None:

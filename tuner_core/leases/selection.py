@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from tuner_core.allocation import budget
+from tuner_core.allocation.stopping import weighted_latency_us
 from tuner_core.leases import messages as m
-from tuner_core.leases.state import Board, TaskHistory
+from tuner_core.leases.state import Board, TaskHistory, TaskLedger
 from tuner_core.model import TaskState
+
+_LIGHT = 0.5
+"""A task that is guessed to take less than so many times the average waits for its baseline."""
 
 
 def take_in(board: Board, trials: int, known: Mapping[str, TaskHistory]) -> None:
@@ -45,7 +49,13 @@ def choose(board: Board, out: list[m.Instruction]) -> None:
     undecided = [t for t in board.tasks.values() if t.plan.tunable and not t.chosen and not t.state.final]
     need = sum(max(0, budget.MIN_TRIALS - task.known) for task in undecided)
     if board.unassigned >= need:
-        chosen = undecided
+        light = _light(board, undecided)
+        if light and any(not task.baseline_known for task in board.tasks.values() if task.plan.tunable):
+            for task in undecided:
+                task.chosen = task not in light
+            return
+        dropped = _negligible(board, light, out)
+        chosen = [task for task in undecided if task not in dropped]
     elif any(not task.baseline_known for task in undecided):
         return
     else:
@@ -63,6 +73,31 @@ def choose(board: Board, out: list[m.Instruction]) -> None:
     for task in chosen:
         task.chosen = True
     board.chosen = True
+
+
+def _light(board: Board, undecided: list[TaskLedger]) -> list[TaskLedger]:
+    """Tasks whose baselines are worth waiting for, to see whether the tasks are worth trials; the others begin."""
+    if board.settings.negligible_share <= 0:
+        return []
+    together = sum(task.plan.weight * task.plan.cost for task in board.tasks.values())
+    return [
+        task
+        for task in undecided
+        if not task.known and task.plan.weight * task.plan.cost < _LIGHT * together / len(board.tasks)
+    ]
+
+
+def _negligible(board: Board, light: list[TaskLedger], out: list[m.Instruction]) -> list[TaskLedger]:
+    share = board.settings.negligible_share
+    mine = {task.index: task.plan.weight * task.baseline_us for task in light if task.baseline_us is not None}
+    others = weighted_latency_us((t.plan.weight, t.baseline_us) for t in board.tasks.values() if t.index not in mine)
+    indices = budget.negligible_tasks(mine, others, share)
+    dropped = [task for task in light if task.index in indices]
+    for task in dropped:
+        task.error = budget.negligible_reason(share)
+    if dropped:
+        out.append(m.Say(budget.negligible_line(len(dropped), share)))
+    return dropped
 
 
 def settle(board: Board) -> None:

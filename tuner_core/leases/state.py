@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tuner_core.allocation.budget import MIN_TRIALS
 from tuner_core.allocation.gradient import gain_per_trial
+from tuner_core.allocation.stopping import EarlyStopping
 from tuner_core.model import TaskState
 
 EPOCH_BITS = 32
@@ -30,6 +31,8 @@ class LeaseSettings:
         slow_factor: An instance so many times slower than the others loses its leases.
         stuck_s: A lease without any result for so long moves.
         wait_s: For how long a job without instances waits for one; None: for ever.
+        stopping: When a task gets no more trials.
+        negligible_share: Tasks that together take less than this share of the untuned model get none at all.
     """
 
     heartbeat_s: float = 5.0
@@ -41,6 +44,8 @@ class LeaseSettings:
     slow_factor: float = 10.0
     stuck_s: float = 900.0
     wait_s: float | None = None
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    negligible_share: float = 0.0
 
     @property
     def lease_s(self) -> float:
@@ -170,6 +175,7 @@ class TaskLedger:
     error: str = ""
     chosen: bool = False
     exhausted: bool = False
+    stopped_early: bool = False
     new_trials: int = 0
     settled: bool = False
     settled_fallback: bool = False

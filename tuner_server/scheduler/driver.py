@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from tuner_core.allocation.options import negligible_share_of, stopping_of
 from tuner_core.model import JobState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_core.store.interface import RecordStore
@@ -54,7 +55,11 @@ class JobRun:
         self._base = queued_status(facts)
         plans = [TaskPlan(task.name, task.weight, task.tunable) for task in facts.spec.tasks]
         self._machine = JobMachine(
-            plans, facts.spec.trials, engine.limits.for_tasks(sum(plan.tunable for plan in plans))
+            plans,
+            facts.spec.trials,
+            engine.limits.for_tasks(sum(plan.tunable for plan in plans)),
+            stopping_of(facts.spec),
+            negligible_share_of(facts.spec),
         )
         self._events: asyncio.Queue[m.Event | BaseException] = asyncio.Queue()
         own = {task.workload.digest for task in facts.spec.tasks}

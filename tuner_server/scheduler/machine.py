@@ -9,11 +9,21 @@ end the whole model is measured.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from tuner_core.allocation.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
+from tuner_core.allocation.budget import (
+    MIN_TRIALS,
+    TaskHistory,
+    negligible_line,
+    negligible_reason,
+    negligible_tasks,
+    new_trials,
+    tasks_worth_trials,
+)
 from tuner_core.allocation.gradient import gain_per_trial
+from tuner_core.allocation.stopping import EarlyStopping, weighted_latency_us
 from tuner_core.model import JobState, TaskState
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler import promotion, searching
@@ -32,9 +42,18 @@ class JobMachine:
         tasks: The job's tasks.
         trials: The whole job's trial budget.
         limits: How much is in flight.
+        stopping: When a task gets no more trials.
+        negligible_share: Tasks that together take less than this share of the untuned model get none at all.
     """
 
-    def __init__(self, tasks: Sequence[TaskPlan], trials: int, limits: Limits) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[TaskPlan],
+        trials: int,
+        limits: Limits,
+        stopping: EarlyStopping | None = None,
+        negligible_share: float = 0.0,
+    ) -> None:
         self.tasks = [TaskProgress(index, plan) for index, plan in enumerate(tasks)]
         self.limits = limits
         self.trials = trials
@@ -47,6 +66,9 @@ class JobMachine:
         self._preparing_model = False
         self._measuring_model = False
         self._warned_budget = False
+        self._stopping = stopping or EarlyStopping()
+        self._negligible_share = negligible_share
+        self._weighed = negligible_share <= 0
 
     # Entry point
 
@@ -166,7 +188,11 @@ class JobMachine:
 
     def _trial(self, event: m.TrialMeasured | m.TrialFailed, median_us: float | None, out: list[m.Instruction]) -> None:
         trial = m.KnownTrial(event.trace, median_us)
-        searching.take_trial(self.tasks[event.task], event.batch, trial, self.limits.top_k, out)
+        task = self.tasks[event.task]
+        searching.take_trial(task, event.batch, trial, self.limits.top_k, out)
+        if not task.exhausted:
+            model_us = weighted_latency_us((t.plan.weight, t.best_us or t.baseline_us) for t in self.tasks)
+            searching.stop_if_still(task, self._stopping, model_us, out)
 
     def _choose(self, out: list[m.Instruction]) -> bool:
         """Decide which tasks get trials; False while that still waits for baselines."""
@@ -196,12 +222,31 @@ class JobMachine:
             out.append(m.Say(f"{self.unassigned} trials are too few: {keep} the fallback schedule"))
         return True
 
+    def _drop_negligible(self, out: list[m.Instruction]) -> None:
+        """Once all baselines are known: tasks that have had no trials and are not worth any get none."""
+        if self._weighed or self._baselines_missing:
+            return
+        self._weighed = True
+        light = {
+            i: t.plan.weight * t.baseline_us
+            for i, t in enumerate(self.tasks)
+            if t.chosen and not t.new_trials and not t.known and t.baseline_us is not None
+        }
+        others = weighted_latency_us((t.plan.weight, t.baseline_us) for i, t in enumerate(self.tasks) if i not in light)
+        dropped = [self.tasks[index] for index in negligible_tasks(light, others, self._negligible_share)]
+        for task in dropped:
+            task.chosen = False
+            task.error = negligible_reason(self._negligible_share)
+        if dropped:
+            out.append(m.Say(negligible_line(len(dropped), self._negligible_share)))
+
     # Search
 
     def _advance(self, out: list[m.Instruction]) -> None:
         if self.phase == "starting":
             return
         if self._choose(out):
+            self._drop_negligible(out)
             self._settle_unchosen()
             self._fill(out)
             if self.unassigned == 0 and not self._preparing_model:
@@ -262,7 +307,8 @@ class JobMachine:
             if task.chosen and not task.exhausted and not task.promoting and not task.state.final
         ]
         in_flight = sum(len(self.tasks[index].batches) for index in open_tasks)
-        if in_flight >= self.limits.batches_at_once:
+        # Until it is known which tasks are worth trials, a few batches bridge the time.
+        if in_flight >= (self.limits.batches_at_once if self._weighed else self.limits.batches_per_task):
             return None
         gains = {index: self.gain(index) for index in open_tasks}
         free = [
@@ -272,7 +318,7 @@ class JobMachine:
         ]
         if not free:
             return None
-        best = max(free, key=lambda index: (gains[index], -index))
+        best = max(free, key=lambda index: (gains[index], self._untuned_us(index), -index))
         finite = [gain for gain in gains.values() if gain != float("inf")]
         hardly_matters = gains[best] < WORTH_WAITING_FOR * max(finite, default=0.0)
         if hardly_matters and in_flight >= self.limits.batches_per_task:
@@ -286,6 +332,10 @@ class JobMachine:
             for other, task in enumerate(self.tasks)
             if other != index and task.chosen and task.new_trials == 0 and not task.exhausted and not task.state.final
         )
+
+    def _untuned_us(self, index: int) -> float:
+        task = self.tasks[index]
+        return task.plan.weight * (task.baseline_us or 0.0)
 
     def gain(self, index: int) -> float:
         """Expected reduction of the model's latency by the task's next trial, in microseconds.
@@ -307,14 +357,35 @@ class JobMachine:
     # Promotion
 
     def _end_tasks(self, out: list[m.Instruction]) -> None:
+        may_get_more = self._takers()
         for index, task in enumerate(self.tasks):
             busy = task.batches or task.promoting or task.state.final or task.waiting_for
             if not task.plan.tunable or busy or index in self._baselines_missing:
                 continue
-            if self.unassigned > 0 and task.chosen and not task.exhausted:
-                continue  # it may get more
+            if index in may_get_more:
+                continue
             searching.close_session(task, out)
             self._conclude(task, out)
+
+    def _takers(self) -> set[int]:
+        """Tasks that may get more trials.
+
+        When the rest of the budget is no more than what is in flight, those that gain most share it, as many as keep
+        the stages busy. The others are promoted meanwhile, and not one after the other when all is over.
+        """
+        if self.unassigned == 0:
+            return set()
+        takers = [
+            index
+            for index, task in enumerate(self.tasks)
+            if task.chosen and not task.exhausted and not task.promoting and not task.state.final
+        ]
+        limits = self.limits
+        if self.unassigned > limits.batch * limits.batches_at_once:
+            return set(takers)
+        enough = math.ceil(limits.batches_at_once / limits.batches_per_task)
+        takers.sort(key=self.gain, reverse=True)
+        return {index for place, index in enumerate(takers) if place < enough or self.tasks[index].new_trials == 0}
 
     def _conclude(self, task: TaskProgress, out: list[m.Instruction]) -> None:
         if task.published is None or task.new_trials:

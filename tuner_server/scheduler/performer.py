@@ -138,6 +138,8 @@ class Performer:
     async def _open(self, wanted: m.OpenSession) -> None:
         seed = (self.facts.spec.seed + wanted.task * 7919) % (2**31 - 2) + 1
         key = self.key(wanted.task)
+        asked = self.facts.spec.experience or "store"
+        past = self._transfer if asked == "store" else None
         try:
             await self.lane.search.open(
                 self._session(wanted.task),
@@ -145,8 +147,9 @@ class Performer:
                 self.lane.target_json,
                 seed=seed,
                 known=wanted.known,
-                seeds=await self._transfer.seeds(key) if self._transfer else (),
-                lessons=await self._transfer.lessons(key) if self._transfer else (),
+                seeds=await past.seeds(key) if past else (),
+                lessons=await past.lessons(key) if past else (),
+                shared_with={"store": "", "job": self.facts.job}.get(asked),
             )
         except (SearchFailed, SearchLost) as error:
             log.warning("%s: cannot open a search: %s", self.facts.spec.tasks[wanted.task].name, error)

@@ -100,6 +100,7 @@ class TaskProgress:
     sessions: int = 0
     session_losses: int = 0
     exhausted: bool = False
+    stopped_early: bool = False
     new_trials: int = 0
     chosen: bool = False
     waiting_for: str = ""
@@ -109,6 +110,11 @@ class TaskProgress:
     kept: set[str] = field(default_factory=set)
     published: m.KnownTrial | None = None
     published_is_fallback: bool = False
+
+    @property
+    def fresh(self) -> int:
+        """Trials of this run that count as progress, or the lack of it."""
+        return max(0, len(self.history_us) - 1 - len(self.known))
 
     @property
     def failed(self) -> int:

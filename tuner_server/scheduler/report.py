@@ -114,6 +114,7 @@ def running_status(
             error=task.error,
             best_trial_id=task.best_trial_id,
             failures={str(kind): count for kind, count in task.failures.items()},
+            stopped_early=task.stopped_early,
         )
         if task.baseline_us is not None:
             message.baseline_latency_us = task.baseline_us

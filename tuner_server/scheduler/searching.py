@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tuner_core.allocation.stopping import EarlyStopping
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.progress import Batch, TaskProgress
 
@@ -96,6 +97,13 @@ def take_trial(task: TaskProgress, batch_id: int, trial: m.KnownTrial, top_k: in
         best = task.history_us[-1]
         task.history_us.append(best if trial.median_us is None else min(best, trial.median_us))
     report_if_complete(task, batch_id, out)
+
+
+def stop_if_still(task: TaskProgress, stopping: EarlyStopping, model_us: float, out: m.Sink) -> None:
+    """Give a task no more trials when its last ones hardly shortened the model."""
+    if stopping.stands_still(task.plan.weight, task.history_us, task.fresh, model_us):
+        task.exhausted = task.stopped_early = True
+        out.append(m.Say(f"{task.plan.name}: {stopping.line()}"))
 
 
 def report_if_complete(task: TaskProgress, batch_id: int, out: m.Sink) -> None:

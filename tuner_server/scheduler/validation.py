@@ -12,6 +12,7 @@ from tuner_core.proto.tuner.v1 import tuning_pb2
 MAX_TRIALS = 1_000_000
 MAX_TASKS = 10_000
 MAX_BODY_BYTES = 16 << 20
+EXPERIENCES = ("", "store", "job", "none")
 
 
 def validate_spec(spec: tuning_pb2.JobSpec) -> None:
@@ -36,6 +37,12 @@ def validate_spec(spec: tuning_pb2.JobSpec) -> None:
         asked = spec.evaluator
         if asked.number < 1 or asked.repeat < 1 or not 0 <= asked.min_repeat_ms <= 10_000:
             raise UsageError("evaluator settings are out of range: number and repeat from 1, min_repeat_ms 0 to 10000")
+    if spec.early_stopping < 0:
+        raise UsageError(f"early_stopping is {spec.early_stopping}, but must be a number of trials, or 0 for never")
+    if not 0 <= spec.negligible_percent < 100:
+        raise UsageError(f"negligible_percent is {spec.negligible_percent:g}, but must be 0 or more, and under 100")
+    if spec.experience not in EXPERIENCES:
+        raise UsageError(f"experience is '{spec.experience[:40]}', but must be one of {', '.join(EXPERIENCES[1:])}")
     if spec.target_json:
         try:
             json.loads(spec.target_json)

@@ -73,6 +73,7 @@ class SearchPool:
         known: Sequence[KnownTrial] = (),
         seeds: Sequence[str] = (),
         lessons: Sequence[Lesson] = (),
+        shared_with: str | None = "",
     ) -> None:
         """Open a session, in place of one of the same name.
 
@@ -84,6 +85,8 @@ class SearchPool:
             known: Trials from before; never proposed again.
             seeds: Traces to propose first: they were good elsewhere.
             lessons: Trials of other operators on this target. A process learns those of a target once.
+            shared_with: Sessions with the same word learn from each other's trials, if their target is the same; None:
+                this one learns from nobody.
 
         Raises:
             SearchFailed: The workload or target is not accepted.
@@ -97,7 +100,8 @@ class SearchPool:
             child = await self._child(slot)
             self._homes[session] = (slot, child)
             taught = (child.pid, target_json) in self._taught
-            self._taught.add((child.pid, target_json))
+            if lessons:
+                self._taught.add((child.pid, target_json))
             await self._request(
                 session,
                 "open",
@@ -107,6 +111,7 @@ class SearchPool:
                     "seed": seed,
                     "known": _rows(known),
                     "seeds": list(seeds),
+                    "shared_with": shared_with,
                     "lessons": [] if taught else [[lesson.task, lesson.trace, lesson.median_us] for lesson in lessons],
                 },
             )

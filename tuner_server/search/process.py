@@ -17,11 +17,15 @@ class _Sessions:
     def __init__(self, settings: SearchSettings) -> None:
         self._settings = settings
         self._open: dict[str, SearchSession] = {}
-        self._experience: dict[str, Experience] = {}
+        self._experience: dict[tuple[str, str], Experience] = {}
+        self._shared_with: dict[str, tuple[str, str]] = {}
 
     def open(self, args: dict[str, Any]) -> dict[str, Any]:
-        experience = self._experience.setdefault(args["target"], Experience())
-        experience.learn(Lesson(*row) for row in args["lessons"])
+        experience = None
+        if args["shared_with"] is not None:
+            group = self._shared_with[args["session"]] = (args["target"], args["shared_with"])
+            experience = self._experience.setdefault(group, Experience())
+            experience.learn(Lesson(*row) for row in args["lessons"])
         try:
             session = SearchSession(
                 args["body"],
@@ -50,6 +54,9 @@ class _Sessions:
     def close(self, args: dict[str, Any]) -> dict[str, Any]:
         if (session := self._open.pop(args["session"], None)) is not None:
             session.close()
+        group = self._shared_with.pop(args["session"], None)
+        if group is not None and group[1] and group not in self._shared_with.values():
+            del self._experience[group]
         return {}
 
     def _get(self, args: dict[str, Any]) -> SearchSession:

@@ -30,6 +30,8 @@ class RegisterLimits:
         per_block: Registers that a block can have.
     """
 
+    of = "registers"
+
     def __init__(
         self, space: DesignSpace, instructions: Sequence[Sequence[Any]], value_bytes: int, per_block: int
     ) -> None:

@@ -105,6 +105,8 @@ class SharedMemoryLimits:
         limit_bytes: Shared memory that a block can have.
     """
 
+    of = "shared memory"
+
     def __init__(
         self,
         space: DesignSpace,

@@ -55,7 +55,9 @@ class Rejected:
 
 
 class Limits(Protocol):
-    """What a target refuses, told by arithmetic."""
+    """What a target refuses, told by arithmetic. ``of`` says what there is too little or too much of."""
+
+    of: str
 
     def allow(self, point: Point) -> bool:
         """Whether a point is not surely refused."""
@@ -132,7 +134,10 @@ class Sketches:
 
     def allows(self, space: DesignSpace, point: Point) -> bool:
         """Whether a point is not surely invalid or hopeless, by arithmetic."""
-        return all(limit.allow(point) for limit in self._limits[space.index])
+        return self._refused_for(space, point) is None
+
+    def _refused_for(self, space: DesignSpace, point: Point) -> str | None:
+        return next((limit.of for limit in self._limits[space.index] if not limit.allow(point)), None)
 
     def apply(self, space: DesignSpace, point: Point | None, seed: int) -> Applied | Rejected:
         """Make a schedule of a point.
@@ -149,8 +154,8 @@ class Sketches:
             return Rejected(type(error).__name__, point)
         if point is None:
             point = space.point_of(json.loads(trace_json(schedule.trace)))
-            if point is not None and not self.allows(space, point):
-                return Rejected("limits", point)
+            if point is not None and (reason := self._refused_for(space, point)):
+                return Rejected(reason, point)
         try:
             schedule.enter_postproc()
             for postproc in self._postprocs:

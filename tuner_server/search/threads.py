@@ -28,6 +28,8 @@ class ThreadLimits:
         warp_size: Threads of a warp.
     """
 
+    of = "threads"
+
     def __init__(
         self, space: DesignSpace, instructions: Sequence[Sequence[Any]], max_threads: int, warp_size: int = 32
     ) -> None:

@@ -33,7 +33,7 @@ class EvaluatorSettings(_message.Message):
     def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ms: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("model", "model_digest", "lifted_module_zlib", "tasks", "target_json", "sm_percent", "trials", "team", "evaluator", "refresh", "seed", "request_id", "tags", "layout")
+    __slots__ = ("model", "model_digest", "lifted_module_zlib", "tasks", "target_json", "sm_percent", "trials", "team", "evaluator", "refresh", "seed", "request_id", "tags", "layout", "early_stopping", "negligible_percent", "experience")
     class TagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,9 @@ class JobSpec(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    EARLY_STOPPING_FIELD_NUMBER: _ClassVar[int]
+    NEGLIGIBLE_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    EXPERIENCE_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_digest: str
     lifted_module_zlib: bytes
@@ -69,10 +72,13 @@ class JobSpec(_message.Message):
     request_id: str
     tags: _containers.ScalarMap[str, str]
     layout: str
-    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: bool = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ..., layout: _Optional[str] = ...) -> None: ...
+    early_stopping: int
+    negligible_percent: float
+    experience: str
+    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: bool = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ..., layout: _Optional[str] = ..., early_stopping: _Optional[int] = ..., negligible_percent: _Optional[float] = ..., experience: _Optional[str] = ...) -> None: ...
 
 class TaskStatus(_message.Message):
-    __slots__ = ("name", "state", "workload_digest", "description", "weight", "trials", "reused", "failed", "baseline_latency_us", "best_latency_us", "verified", "instance", "error", "best_trial_id", "op", "failures")
+    __slots__ = ("name", "state", "workload_digest", "description", "weight", "trials", "reused", "failed", "baseline_latency_us", "best_latency_us", "verified", "instance", "error", "best_trial_id", "op", "failures", "stopped_early")
     class FailuresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +102,7 @@ class TaskStatus(_message.Message):
     BEST_TRIAL_ID_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_EARLY_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     workload_digest: str
@@ -112,7 +119,8 @@ class TaskStatus(_message.Message):
     best_trial_id: str
     op: str
     failures: _containers.ScalarMap[str, int]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., workload_digest: _Optional[str] = ..., description: _Optional[str] = ..., weight: _Optional[int] = ..., trials: _Optional[int] = ..., reused: _Optional[int] = ..., failed: _Optional[int] = ..., baseline_latency_us: _Optional[float] = ..., best_latency_us: _Optional[float] = ..., verified: bool = ..., instance: _Optional[str] = ..., error: _Optional[str] = ..., best_trial_id: _Optional[str] = ..., op: _Optional[str] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    stopped_early: bool
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., workload_digest: _Optional[str] = ..., description: _Optional[str] = ..., weight: _Optional[int] = ..., trials: _Optional[int] = ..., reused: _Optional[int] = ..., failed: _Optional[int] = ..., baseline_latency_us: _Optional[float] = ..., best_latency_us: _Optional[float] = ..., verified: bool = ..., instance: _Optional[str] = ..., error: _Optional[str] = ..., best_trial_id: _Optional[str] = ..., op: _Optional[str] = ..., failures: _Optional[_Mapping[str, int]] = ..., stopped_early: bool = ...) -> None: ...
 
 class JobStatus(_message.Message):
     __slots__ = ("job", "model", "model_digest", "status", "target_json", "sm_percent", "sm_count", "tasks", "baseline_latency_us", "tuned_latency_us", "outputs_match", "trials_measured", "trials_failed", "trials_reused", "trials_budget", "elapsed_s", "trials_per_s", "created_at", "error", "team", "phase", "device_model", "tvm_version", "instance", "device_uuids", "layout")
