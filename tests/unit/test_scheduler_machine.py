@@ -40,6 +40,7 @@ class SimulatedEngine:
         self.generated: Counter[int] = Counter()
         self.model_traces: Mapping[int, str] = {}
         self.unmeasured_when_preparing: list[int] = []
+        self.unmeasured_when_promoting: dict[int, int] = {}
 
     def run(self, known: Mapping[int, m.Known] | None = None) -> m.Finish:
         self._take(self.machine.handle(m.Started(known or {})))
@@ -63,6 +64,10 @@ class SimulatedEngine:
                     self.reported[instruction.task] += len(instruction.results)
                 case m.CloseSession() | m.Forget():
                     pass
+                case m.Promote():
+                    self.pending.append(instruction)
+                    unmeasured = self.machine.trials - sum(self.measured.values())
+                    self.unmeasured_when_promoting[instruction.task] = unmeasured
                 case m.PrepareModel():
                     self.unmeasured_when_preparing.append(self.machine.trials - sum(self.measured.values()))
                 case _:
@@ -139,6 +144,25 @@ def test_the_untuned_model_is_built_once_beside_the_last_trials() -> None:
     engine.run()
     (unmeasured,) = engine.unmeasured_when_preparing
     assert 0 < unmeasured <= 4 * 16, "not while the cores have candidates to build, and not after the last of them"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tasks_that_gain_least_are_promoted_while_the_others_share_the_rest_of_the_budget(seed: int) -> None:
+    tasks = [TaskPlan(f"t{weight}", weight, True) for weight in range(1, 25)]
+    engine = SimulatedEngine(machine_for(tasks, 1000, batch=8, batches_at_once=20), seed)
+    assert engine.run().state is JobState.DONE
+    assert sum(engine.measured.values()) == 1000
+    early = [task for task, left in engine.unmeasured_when_promoting.items() if left > 0]
+    assert len(early) >= 12, "they would be promoted one after the other at the end"
+    assert max(engine.unmeasured_when_promoting.values()) <= 2 * 8 * 20, "not while the budget is large"
+    assert engine.most_in_all == 20
+
+
+def test_few_tasks_all_search_to_the_end_of_the_budget() -> None:
+    engine = SimulatedEngine(machine_for(THREE, 200), seed=1)
+    engine.run()
+    assert min(engine.unmeasured_when_promoting.values()) <= 2 * 16
+    assert sum(engine.measured.values()) == 200
 
 
 def test_the_task_that_weighs_more_gets_more_trials() -> None:
