@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -22,13 +23,14 @@ _STYLES = {
 _MOST_TASKS = 3
 
 
-def instance_table(instances: Sequence[InstanceReport]) -> Table:
-    """One line per instance, for the live view."""
+def instance_table(instances: Sequence[InstanceReport], most: int = 1_000) -> Table:
+    """One line per instance, for the live view; where there is no room for all, the last line counts the rest."""
+    shown = instances if len(instances) <= most else instances[: most - 1]
     table = Table.grid(padding=(0, 2), expand=True)
     for justify in ("left", "left", "right", "right"):
         table.add_column(justify=justify, no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    for one in instances:
+    for one in shown:
         table.add_row(
             Text(one.address),
             Text(one.state, style=_STYLES.get(one.state, "")),
@@ -36,6 +38,10 @@ def instance_table(instances: Sequence[InstanceReport]) -> Table:
             units.rate(one.trials_per_s) if one.tasks else "",
             Text(_doing(one), style="dim"),
         )
+    if rest := instances[len(shown) :]:
+        states = ", ".join(f"{number} {state}" for state, number in Counter(one.state for one in rest).items())
+        trials = units.count(sum(one.trials for one in rest), "trial")
+        table.add_row(Text(f"and {len(rest)} more", style="dim"), "", trials, "", Text(states, style="dim"))
     return table
 
 
@@ -69,9 +75,9 @@ def instance_summary(instances: Sequence[InstanceReport]) -> list[str]:
 
 
 def _doing(one: InstanceReport) -> str:
-    if one.reason:
-        return one.reason
-    if one.doing:
-        return one.doing
+    if one.reason:  # the address is on the line already
+        return one.reason.removeprefix(f"cannot reach a tuner-server at {one.address}: ")
     names = ", ".join(one.tasks[:_MOST_TASKS])
-    return f"{names} and {len(one.tasks) - _MOST_TASKS} more" if len(one.tasks) > _MOST_TASKS else names
+    if len(one.tasks) > _MOST_TASKS:
+        names += f" and {len(one.tasks) - _MOST_TASKS} more"
+    return ": ".join(part for part in (one.doing, names) if part)

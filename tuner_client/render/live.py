@@ -105,12 +105,14 @@ class _JobView:
         report = self._report
         if report is None:
             return
-        rows = max(_FEWEST_ROWS, console.size.height - _LINES_AROUND - len(report.instances))
+        room = console.size.height - _LINES_AROUND
+        instances = min(len(report.instances), max(_FEWEST_ROWS, room - _FEWEST_ROWS))
+        rows = max(_FEWEST_ROWS, room - instances)
         chosen = self._choose(report, rows)
         yield Group(
             self._header(report),
             self._bar(report),
-            instance_table(report.instances) if report.instances else Text(),
+            instance_table(report.instances, instances) if report.instances else Text(),
             task_table(chosen, best="best", fill=True),
             self._rest(report, chosen),
         )
