@@ -18,7 +18,7 @@ import click
 from tuner_core.datadir import default_data_dir
 from tuner_core.errors import ExitCode, TunerError, UsageError
 from tuner_core.model import EvaluatorSettings
-from tuner_server import __version__, timeline
+from tuner_server import __version__, cores, timeline
 from tuner_server.config import (
     DEFAULT_LISTEN,
     DeviceSettings,
@@ -28,6 +28,7 @@ from tuner_server.config import (
     parse_shares,
     read_config_file,
 )
+from tuner_server.partitions.host import usable_cores
 
 log = logging.getLogger(__name__)
 _DEVICES = "tuner_server.devices"
@@ -100,6 +101,12 @@ def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) ->
     show_default=True,
     help="Stop search and build while a GPU measures for publication; auto: for short kernels and whole models.",
 )
+@click.option(
+    "--cores",
+    default="",
+    metavar="K/N|LIST",
+    help="Keep to the K-th of N parts of this host's cores, or to those listed (0-15,32).  [default: all]",
+)
 @click.option("--repartition/--no-repartition", default=True, help="Re-partition a free device for a job's share.")
 @click.option("--number", type=click.IntRange(1), default=1, show_default=True, help="Calls per sample, at least.")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Samples per measurement.")
@@ -142,6 +149,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     context.obj = options
     if context.invoked_subcommand is None:
         try:
+            cores.keep_to(options["cores"])
             code = asyncio.run(_serve(_config(options), options["ready_fd"]))
         except TunerError as error:
             if options["debug"]:
@@ -158,6 +166,7 @@ def check(context: click.Context, as_json: bool) -> None:
     from tuner_server.check import run_checks, show
 
     try:
+        cores.keep_to(context.obj["cores"])
         findings = asyncio.run(run_checks(_config(context.obj)))
     except TunerError as error:
         _fail(error)
@@ -225,6 +234,13 @@ async def _serve(config: ServerConfig, ready_fd: int | None) -> ExitCode:
         _stop_with_parent(config.exit_with_parent)
     if config.trace is not None:
         timeline.start(config.trace)
+    claim = cores.CoreClaim(usable_cores(), f"{config.listen}, pid {os.getpid()}")
+    if claim.sharing:
+        log.warning(
+            "another tuner-server works on the same cores (%s): builds and measurements of both slow each other; "
+            "give each its part, e.g. --cores 1/2 and --cores 2/2",
+            "; ".join(claim.sharing),
+        )
     server = Server(config)
     starting = asyncio.create_task(server.start())
     stopping = asyncio.create_task(stop.wait())
@@ -241,6 +257,7 @@ async def _serve(config: ServerConfig, ready_fd: int | None) -> ExitCode:
     await stopping
     log.info("stopping")
     await server.stop()
+    claim.release()
     timeline.stop()
     log.info("stopped")
     return ExitCode.DONE

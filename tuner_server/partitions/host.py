@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -31,6 +32,25 @@ def physical_core(core: int) -> tuple[int, int]:
         return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text())
     except (OSError, ValueError):
         return 0, core
+
+
+def portions(
+    cores: Sequence[int], count: int, physical: Callable[[int], tuple[int, int]] = physical_core
+) -> list[Sequence[int]]:
+    """Divide cores into equal parts, whole physical ones if there are enough; fewer than parts are all in each.
+
+    Args:
+        cores: Siblings side by side.
+        count: How many parts.
+        physical: The physical core of a core.
+    """
+    siblings = [list(group) for _, group in itertools.groupby(cores, key=physical)]
+    if len(siblings) < count:
+        siblings = [[core] for core in cores]
+    if len(siblings) < count:
+        return [cores] * count
+    groups = [siblings[index * len(siblings) // count : (index + 1) * len(siblings) // count] for index in range(count)]
+    return [list(itertools.chain(*group)) for group in groups]
 
 
 def _quota_cores() -> float | None:

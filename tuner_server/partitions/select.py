@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from tuner_server.gpu.mps import find_control
 from tuner_server.gpu.target import PROBE_COMMAND
 from tuner_server.partitions.cpu import CpuPartitions, parse_cores
 from tuner_server.partitions.exclusive import ExclusivePartitions
-from tuner_server.partitions.host import physical_core, usable_cores
+from tuner_server.partitions.host import portions, usable_cores
 from tuner_server.partitions.interface import PartitionProvider
 from tuner_server.partitions.mps import MpsPartitions
 from tuner_server.processes.spawner import Spawner
@@ -87,9 +86,9 @@ async def select_providers(
             "the GPUs' workers, search and build need cores of their own beside the CPU that is measured: "
             "say which cores to measure, e.g. --device cpu:0-3"
         )
-    portions = zip(wanted, _portions(cores, len(wanted)), strict=True)
+    divided = zip(wanted, portions(cores, len(wanted)), strict=True)
     opened = await asyncio.gather(
-        *(_open_gpu(one, data_dir, portion, probe) for one, portion in portions), return_exceptions=True
+        *(_open_gpu(one, data_dir, portion, probe) for one, portion in divided), return_exceptions=True
     )
     gpus: list[Chosen] = []
     busy: list[ConflictError] = []
@@ -153,17 +152,6 @@ def _cpu_devices(entries: Sequence[DeviceSettings], spawner: Spawner) -> list[Ch
         provider = CpuPartitions(spawner, cores, name=settings.device, oversubscribe=settings.oversubscribe)
         chosen.append(Chosen(settings.device, settings, provider))
     return chosen
-
-
-def _portions(cores: Sequence[int], count: int) -> list[Sequence[int]]:
-    """Cores for each of several GPUs, whole physical ones if there are enough; with fewer cores than GPUs, shared."""
-    siblings = [list(group) for _, group in itertools.groupby(cores, key=physical_core)]
-    if len(siblings) < count:
-        siblings = [[core] for core in cores]
-    if len(siblings) < count:
-        return [cores] * count
-    groups = [siblings[index * len(siblings) // count : (index + 1) * len(siblings) // count] for index in range(count)]
-    return [list(itertools.chain(*group)) for group in groups]
 
 
 async def _open_gpu(
