@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tuner_core.compiler import nvrtc
 from tuner_core.compiler.cuda_libraries import include_dirs, load_tvm_cuda_runtime
+from tuner_core.compiler.cuda_source import rewritten
 from tuner_core.errors import TunerError
 
 MAX_STATEMENTS = 4000
@@ -163,9 +164,9 @@ def build_cubin(source: str, arch: str, cache: CubinCache | None = None) -> byte
     light = light_source(source)
     if light is not None:
         try:
-            cubin = nvrtc.compile_cubin(light, options)
+            cubin = nvrtc.compile_cubin(rewritten(light), options)
         except nvrtc.CudaCompileError:
-            light = None  # perhaps only for want of the headers: the full source decides
+            light = None  # perhaps only for want of the headers: the full source decides, as TVM wrote it
     if light is None:
         full = "#include <cuda/std/cstdint>\n" + _INFINITY + source.replace("#include <cuda.h>", "")
         cubin = nvrtc.compile_cubin(full, options)
