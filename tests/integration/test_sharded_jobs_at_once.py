@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.redis_server import DURABLE, RedisServer
 from tests.redis_server import running as running_redis
 from tests.replay_server import replay_spec
 from tuner_client.job import JobReport
+from tuner_client.sharding import gathering
 from tuner_core.model import Origin, TaskState
 from tuner_core.store.interface import RecordFilter
 from tuner_core.store.open import open_store
@@ -114,3 +116,48 @@ def test_a_job_whose_holder_dies_goes_on_from_its_records_and_a_third_finds_ever
     (task,) = third.tasks
     assert (third.status, third.measured, task.state) == ("done", 0, TaskState.REUSED)
     assert task.best_trial_id == taken_over.tasks[0].best_trial_id
+
+
+def test_records_of_instances_on_the_client_s_own_redis_are_neither_copied_nor_waited_for(
+    redis: RedisServer, servers: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = servers.add(store=redis.url), servers.add(store=f"redis://localhost:{redis.port}")  # it is the same
+
+    def copied(*_: object) -> None:
+        raise AssertionError("a record travelled between a server and the client")
+
+    monkeypatch.setattr(gathering.wire, "record_from_message", copied)
+    monkeypatch.setattr(gathering.wire, "record_to_message", copied)
+    waited: list[list[str]] = []
+    settled = gathering.Gatherer.settled
+
+    async def watched(self: gathering.Gatherer, trial_ids: Collection[str], timeout_s: float) -> bool:
+        waited.append(self.missing(trial_ids))
+        return await settled(self, trial_ids, timeout_s)
+
+    monkeypatch.setattr(gathering.Gatherer, "settled", watched)
+    script = Script((20, lambda: first.signal(signal.SIGKILL)))  # its task moves, and its records are there
+    report = servers.tuner(script, store=redis.url).drive(replay_spec(3, 96), FACTS)
+    assert (report.status, report.measured) == ("done", 96), report.error
+    said = [note for note in script.notes if "writes into the same store as this client" in note]
+    assert sorted(said) == sorted(
+        f"{server.address} writes into the same store as this client: its records are not copied"
+        for server in servers.servers
+    )
+    assert waited and not any(waited)
+    assert not script.said("are not gathered")
+    assert not (servers.client_folder / "records.sqlite").exists()
+    stored = {record.trial_id for record in records_of(redis.url, report.job)}
+    assert {task.best_trial_id for task in report.tasks} <= stored and len(stored) > 96
+
+
+def test_a_redis_at_a_loopback_address_is_our_own_only_on_our_own_host() -> None:
+    same = gathering.store_identity
+    assert same("redis://user:secret@store:6379/0?timeout_s=9") == same("store/0", "redis") == same("rediss://store")
+    assert same("redis://store/1") != same("redis://store/0") != same("redis://store/0?prefix=other")
+    assert same("redis+cluster://b:1,a:1") == same("redis+cluster://a:1,b:1") != same("redis://a:1")
+    assert same("sqlite:////var/records.sqlite") == ()
+    own = gathering.Gatherer(None, "redis://localhost:6379", "job-1")  # type: ignore[arg-type]
+    for address, shares in (("127.0.0.1:50061", True), ("[::1]:50061", True), ("gpu1:50061", False)):
+        link = SimpleNamespace(address=address, facts=SimpleNamespace(store="redis://127.0.0.1:6379/0"))
+        assert own.shares_store(link) is shares  # type: ignore[arg-type]

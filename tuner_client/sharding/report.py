@@ -22,6 +22,7 @@ _PHASES = {
     "model": "measuring the whole model",
     "ended": "ended",
 }
+_AWAITING = "waiting for operators that another job tunes"
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,22 @@ def job_report(
         created_at=job.created_at,
         error=error or (finished.error if finished else ""),
         team=job.spec.team,
-        phase=_PHASES.get(machine.phase, machine.phase) if machine.waiting_since_s is None else "no instance is left",
+        phase=_phase(machine),
         device_model=job.facts.device_model,
         tvm_version=TVM_VERSION,
         layout=job.spec.layout,
         instance=machine.model_instance,
         instances=tuple(_instance(link, machine) for link in links),
     )
+
+
+def _phase(machine: LeaseMachine) -> str:
+    if machine.waiting_since_s is not None:
+        return "no instance is left"
+    left = [task for task in machine.board.tasks.values() if not task.state.final]
+    if left and all(task.awaited is not None for task in left):
+        return _AWAITING
+    return _PHASES.get(machine.phase, machine.phase)
 
 
 def _task(ledger: TaskLedger, workload: Workload) -> TaskReport:

@@ -205,7 +205,8 @@ class ShardedTuner:
                     reached.append((link, answer))
             if not reached:
                 failure = next(answer for answer in answers if isinstance(answer, BaseException))
-                more = f" (and {len(links) - 1} more servers)" if len(links) > 1 else ""
+                others = len(links) - 1
+                more = f" (and {others} more {'server' if others == 1 else 'servers'})" if others else ""
                 raise type(failure)(f"{failure}{more}")
             if share is None:
                 first = reached[0][1]
