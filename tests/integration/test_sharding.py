@@ -60,6 +60,15 @@ def test_instances_share_a_job_and_the_client_has_every_record_of_it(servers: Fl
     assert any(one.tasks for shown in script.reports for one in shown.instances)  # the live view has what each does
 
 
+def test_more_instances_than_operators_all_take_part(servers: Fleet) -> None:
+    for _ in range(3):
+        servers.add()
+    report = servers.tuner(Script()).drive(replay_spec(1, 120), FACTS)  # too few for it to be stopped early
+    check_whole(report, servers, 120)
+    (task,) = report.tasks
+    assert set(task.trials_by_instance) == {one.address for one in servers.servers}
+
+
 def test_a_killed_instance_loses_its_leases_to_the_others(servers: Fleet) -> None:
     victim, _, _ = servers.add(), servers.add(), servers.add()
     script = Script((40, lambda: victim.signal(signal.SIGKILL)))

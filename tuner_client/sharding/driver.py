@@ -239,9 +239,7 @@ class ShardDriver:
         assert link.facts is not None
         if reason := mismatch(link.facts, facts, target_given=self._target_given):
             raise ConflictError(reason)
-        spec = tuning_pb2.JobSpec()
-        spec.CopyFrom(self._job.spec)
-        spec.seed += zlib.crc32(link.address.encode())  # two searches of one task shall not propose the same
+        spec = spec_for(self._job.spec, link.address)
         request = pb.OpenShardRequest(job=self._job.job, spec=spec, lease_s=self._settings.lease_s)
         opened = await link.connection.call(link.leases.OpenShard, request, OPEN_TIMEOUT_S)
         if opened.incarnation != link.incarnation:
@@ -462,6 +460,14 @@ class ShardDriver:
                 await link.connection.call(link.leases.CloseShard, pb.CloseShardRequest(job=self._job.job), 2.0)
 
         await asyncio.gather(*(close(link) for link in self._links.values() if link.joined))
+
+
+def spec_for(spec: tuning_pb2.JobSpec, address: str) -> tuning_pb2.JobSpec:
+    """A job as one instance gets it: with a seed of its own, so that two searches of a task do not propose the same."""
+    own = tuning_pb2.JobSpec()
+    own.CopyFrom(spec)
+    own.seed = (spec.seed + zlib.crc32(address.encode())) % (1 << 62)
+    return own
 
 
 def _is_final(error: TunerError) -> bool:
