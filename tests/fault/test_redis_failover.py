@@ -146,6 +146,13 @@ class TestFailover:
             master = next(one for one in servers if one.port == port)
             replicas = [one for one in servers if role(one.port)[0] == "slave"]
             survive_the_death_of(master, replicas, url, tmp_path / "spool.sqlite", returns=True)
+            with contextlib.closing(open_store(url)) as store:
+                for server in servers:
+                    server.kill()
+                with pytest.raises(UnavailableError):
+                    store.commit([make_record(WORKLOADS[0], 99_999)])
+                with pytest.raises(UnavailableError, match="no node of the Redis cluster .* can be reached"):
+                    open_store(url)
 
     def test_sentinels_promote_a_replica(self, tmp_path: Path) -> None:
         with running_with_sentinel(tmp_path / "redis", "secret", "hush") as (sentinel, servers):

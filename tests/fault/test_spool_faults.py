@@ -26,9 +26,16 @@ MATMUL, CONV = make_workload("matmul"), make_workload("conv")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     with running(tmp_path_factory.mktemp("redis"), *DURABLE) as found:
         yield found
+
+
+@pytest.fixture
+def server(started: RedisServer) -> RedisServer:
+    if started.process is None:
+        started.start()
+    return started
 
 
 @contextlib.contextmanager

@@ -99,6 +99,9 @@ class ShardedTuner:
         """
         from tuner_client.submit import job_spec
 
+        if self._options.store:
+            with _opened(self._options.store):  # refused now, not when there is something to lose
+                pass
         imported = import_model(request.model, request.input_shapes, self._progress, self._quiet)
         with self._progress.step(f"asking {len(self._options.servers)} servers for their devices"):
             admission = asyncio.run(self._admission(request))

@@ -103,5 +103,5 @@ def explained(name: str) -> Iterator[None]:
     """Turn Redis' errors inside into the product's."""
     try:
         yield
-    except (redis.RedisError, OSError) as error:
+    except (redis.RedisError, redis.exceptions.RedisClusterException, OSError) as error:  # the second is no RedisError
         raise explain(error, name) from error
