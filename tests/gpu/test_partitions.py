@@ -18,6 +18,7 @@ from tuner_server.engine import Engine
 from tuner_server.gpu.inventory import GpuInfo, find_gpus
 from tuner_server.lanes.lane import Lane
 from tuner_server.measure.requests import Measurement
+from tuner_server.partitions.host import LAUNCH_BOUND_US, physical_core, usable_cores
 from tuner_server.partitions.mps import MpsPartitions
 
 
@@ -73,6 +74,35 @@ def test_a_gpu_is_shared_as_50_25_25_and_divided_anew_for_another_share_and_back
                 assert (await odd.fleet.measure(kernels.request(artifacts / "good.so"))).sm_count == odd.sm_count
             async with server.lane(25):
                 assert seen(server) == [(50, half_sms), (25, quarter_sms), (25, quarter_sms)]
+
+    asyncio.run(body())
+
+
+def test_without_mps_one_worker_measures_on_the_whole_gpu_and_says_why(
+    gpu: GpuInfo, short_dir: Path, artifacts: Path
+) -> None:
+    async def body() -> None:
+        async with engine(short_dir / "whole", DeviceSettings(f"cuda:{gpu.uuid}", mps="off")) as server:
+            assert seen(server) == [(100, server.devices[0].info.sm_count)]
+            assert any("MPS is off" in note for note in server.notes)
+            async with server.lane(100) as lane:
+                assert (await lane.fleet.measure(kernels.request(artifacts / "good.so"))).neighbours == 0
+
+    asyncio.run(body())
+
+
+def test_builds_do_not_share_a_physical_core_with_workers(gpu: GpuInfo, short_dir: Path) -> None:
+    if len({physical_core(core) for core in usable_cores()}) < 4:
+        pytest.skip("needs four physical cores")
+
+    async def body() -> None:
+        settings = DeviceSettings(f"cuda:{gpu.uuid}", sm_percent=25, workers=4)
+        async with engine(short_dir / "apart", settings) as server:
+            (device,) = server.devices
+            assert {part.quiet_below_us for part in device.partitions} == {LAUNCH_BOUND_US}
+            builds = {physical_core(core) for core in device.provider.spare_cores(device.partitions)}
+            for worker in server.workers():
+                assert worker.affinity and builds.isdisjoint(physical_core(core) for core in worker.affinity)
 
     asyncio.run(body())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import statistics
@@ -244,6 +245,44 @@ def test_promotion_is_counted_and_keeps_its_bound(gpu: GpuInfo, artifacts: Path,
         assert pauses.count == 1 and 0 < pauses.longest_s < fleet.facts().pause_bound_s
 
     run(gpu, short_dir / "promotion", body)
+
+
+def test_a_promotion_outlives_the_daemon_and_its_worker(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
+    async def body(fleet: WorkerFleet, provider: MpsPartitions) -> None:
+        async def measured_despite(kill: Callable[[], None]) -> None:
+            in_flight = asyncio.create_task(alone.measure(kernels.request(artifacts / "slow.so", 60.0)))
+            while not any(worker.state == "measuring" for worker in fleet.workers()):
+                await asyncio.sleep(0.001)
+            kill()
+            measured = await in_flight
+            assert measured.median_us > 0 and measured.neighbours == 0
+
+        def kill_daemon() -> None:
+            assert provider.daemon.pid is not None
+            os.kill(provider.daemon.pid, signal.SIGKILL)
+
+        def kill_worker() -> None:
+            os.kill(next(worker.pid for worker in fleet.workers() if worker.state == "measuring"), signal.SIGKILL)
+
+        async with fleet.exclusive() as alone:
+            await measured_despite(kill_daemon)
+            await measured_despite(kill_worker)
+            good = artifacts / "good.so"
+            assert (await alone.check(good, kernels.ARGS_INFO, None, fallback=good)).verdict == "ok"
+        await all_back(fleet, 0, DAEMON_RECOVERY_S)
+
+    run(gpu, short_dir / "promoted", body)
+
+
+def test_a_hopeless_candidate_gets_a_glance(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
+    async def body(fleet: WorkerFleet, _provider: MpsPartitions) -> None:
+        good = await fleet.measure(kernels.request(artifacts / "good.so"))
+        assert len(good.latencies_us) == 3 and not good.gave_up
+        slow = kernels.request(artifacts / "slow.so")
+        glanced = await fleet.measure(dataclasses.replace(slow, give_up_above_us=good.median_us))
+        assert glanced.gave_up and len(glanced.latencies_us) == 1
+
+    run(gpu, short_dir / "hopeless", body)
 
 
 def test_a_killed_daemon_costs_no_trial(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
