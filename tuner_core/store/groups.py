@@ -40,6 +40,23 @@ _NARROW = 8
 _RESORT = 16
 _TEXTS_KEPT = 100_000
 _FAILED_US = float("inf")
+_TEXTS = (
+    "workload_digest",
+    "target_json",
+    "target_digest",
+    "device_model",
+    "device_arch",
+    "tvm_version",
+    "cuda_version",
+    "driver_version",
+    "job",
+    "team",
+    "model",
+    "instance",
+    "op",
+    "description",
+    "layout",
+)
 
 
 class Operator:
@@ -338,9 +355,9 @@ class GroupIndex(Generic[G]):
         """One object for the same text in thousands of groups."""
         if len(self._texts) > _TEXTS_KEPT:
             self._texts.clear()
-        for name, value in vars(shared).items():
-            if isinstance(value, str) and type(value) is str:
-                object.__setattr__(shared, name, self._texts.setdefault(value, value))
+        for name in _TEXTS:
+            value = getattr(shared, name)
+            object.__setattr__(shared, name, self._texts.setdefault(value, value))
 
 
 def _all_of(tests: Sequence[_Test]) -> _Test:

@@ -7,6 +7,7 @@ median, stamp of condemnation: doubles; flags) and a body that only this module 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -46,12 +47,20 @@ _OWN = frozenset(
     }
 )
 SHARED = tuple(field.name for field in dataclasses.fields(Record) if field.name not in _OWN)
+
+
+@functools.lru_cache(maxsize=256)
+def _evaluator(*facts: tuple[str, Any]) -> EvaluatorSettings:
+    return EvaluatorSettings(**dict(facts))
+
+
 _MADE: dict[str, Callable[[Any], Any]] = {
     "partition_kind": PartitionKind,
     "origin": Origin,
-    "evaluator": lambda facts: EvaluatorSettings(**facts),
+    "evaluator": lambda facts: _evaluator(*sorted(facts.items())),
     "affinity": tuple,
 }
+
 _HEADER = struct.Struct(">HHBddi")
 _STORED = struct.Struct(">16s16s16sddddB")
 _HEAD = struct.Struct(">5Iddd")

@@ -320,16 +320,13 @@ class _Best:
         self._first: list[_Found] = []
         self._then: list[_Found] = []
 
-    def next(self) -> _Source | None:
-        """What to read next: verified records before others, groups by their bounds."""
-        if self._verified:
-            if self._may_add(self._first, self._count, self._verified[-1]):
-                return _Source(self._verified.pop(), "best", 0.0)
-            self._verified.clear()
-        left = self._count - len(self._first)
-        if left > 0 and self._groups and self._may_add(self._then, left, self._groups[-1]):
-            return _Source(self._groups.pop(), "latency", 0.0, unverified=True)
-        return None
+    def next(self) -> list[_Source]:
+        """What to read next: verified records before others, groups by their bounds; nothing when all is found."""
+        groups = self._pop(self._verified, self._first, self._count)
+        if groups:
+            return [_Source(group, "best", 0.0) for group in groups]
+        groups = self._pop(self._groups, self._then, self._count - len(self._first))
+        return [_Source(group, "latency", 0.0, unverified=True) for group in groups]
 
     def take(self, source: _Source, entry: Entry) -> None:
         """Add what a source had."""
@@ -344,8 +341,13 @@ class _Best:
         return [*self._first, *self._then][: self._count]
 
     @staticmethod
-    def _may_add(found: Sequence[_Found], count: int, group: RedisGroup) -> bool:
-        return len(found) < count or group.best_us <= found[count - 1].entry.value
+    def _pop(groups: list[RedisGroup], found: Sequence[_Found], wanted: int) -> list[RedisGroup]:
+        """Take the groups without which ``wanted`` records cannot be known, as many as surely take part."""
+        if len(found) < wanted:
+            return [groups.pop() for _ in range(min(wanted - len(found), len(groups)))]
+        if wanted > 0 and groups and groups[-1].best_us <= found[wanted - 1].entry.value:
+            return [groups.pop()]
+        return []
 
 
 def _best_of_keys(
@@ -370,11 +372,9 @@ def _best_of_keys(
                 of_key = [other for _, other in nearest.only((0.0, one) for one in selection.of_key(group.key))]
                 batch.append(_Best(of_key, count, newest=arguments.order == "newest"))
             ahead = next(groups, None)
-        reading = {id(source): (best, source) for best in batch if (source := best.next()) is not None}
-        while reading:
+        while reading := {id(source): (best, source) for best in batch for source in best.next()}:
             for source, entry in reader.read_best([source for _, source in reading.values()], count):
                 reading[id(source)][0].take(source, entry)
-            reading = {id(source): (best, source) for best, _ in reading.values() if (source := best.next())}
         found += [one for best in batch for one in best.found if start is None or one.place > start]
         found.sort(key=lambda one: one.place)
         del found[wanted:]
