@@ -17,7 +17,7 @@ DEMO_MODEL  ?= shufflenet
 DEMO_TRIALS ?= 800
 BENCH_ARGS  ?=
 
-.PHONY: help setup demo test lint format protos protos-check bench-cpu bench-gpu bench-memory clean
+.PHONY: help setup demo test lint format protos protos-check bench-cpu bench-gpu bench-gpu-all bench-memory clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -68,6 +68,9 @@ bench-cpu: $(STAMP) ## this service beside stock MetaSchedule, on this CPU
 
 bench-gpu: $(STAMP) ## the same on an NVIDIA GPU
 	$(PY) benchmarks/bench_gpu.py $(BENCH_ARGS)
+
+bench-gpu-all: $(STAMP) ## every GPU benchmark within a budget: BENCH_ARGS='--minutes 25 --only resnet50-float32 faults'
+	$(PY) benchmarks/gpu_all.py $(BENCH_ARGS)
 
 bench-memory: $(STAMP) ## memory of an idle server, a client, and growth over a replayed job
 	$(PY) benchmarks/memory.py $(BENCH_ARGS)
