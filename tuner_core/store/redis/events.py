@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-from tuner_core.errors import UsageError
+from tuner_core.errors import UnavailableError, UsageError
 from tuner_core.model import Record
 from tuner_core.store.groups import EXACT, ArgsInfo
 from tuner_core.store.interface import Followed, RecordFilter
@@ -42,7 +42,7 @@ class Follower:
         number, offset = (self._end(), 0) if after is None else _position(after)
         records: list[Record] = []
         while True:
-            events = self._events(number, after)
+            events = self._replicated(self._events(number, after))
             for event, digest, trials in events:
                 taken = self._take(where, digest, trials[offset:], limit - len(records))
                 records += taken[0]
@@ -83,6 +83,18 @@ class Follower:
                 )
         elif (end := self._end()) != number and not (end > number and self._connection.one("EXISTS", keys.events)):
             raise UsageError(f"the cursor {after!r} is not one of this store: begin anew, without a cursor")
+        return events
+
+    def _replicated(self, events: list[tuple[int, str, list[bytes]]]) -> list[tuple[int, str, list[bytes]]]:
+        """Events that a promoted replica has too, or none yet: or it would give their numbers to others."""
+        if not events or not self._connection.confirms:
+            return events
+        published, last = self._connection.keys.published, events[-1][0]
+        there = ("HGET", published, "e"), lambda found: int(found or 0) >= last
+        try:
+            self._connection.confirm([("HSET", published, "barrier", 1)], [there])
+        except UnavailableError:
+            return []
         return events
 
     def _wait(self, number: int, wait_s: float) -> None:
