@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from tuner_core.errors import TunerError
 from tuner_core.model import Workload
 from tuner_server.build.pool import BuildPool
 from tuner_server.trial import TrialFailed
@@ -46,7 +47,7 @@ class References:
         if task is None:
             return
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, TunerError):
             path = await task
             if path is not None:
                 path.unlink(missing_ok=True)

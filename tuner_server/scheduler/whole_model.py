@@ -7,6 +7,7 @@ import contextlib
 import zlib
 from collections.abc import Mapping
 
+from tuner_core.errors import TunerError
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_server.build.pool import ModelBuild
 from tuner_server.lanes.lane import Lane
@@ -67,5 +68,5 @@ class WholeModel:
 
     async def _release(self, build: asyncio.Task[ModelBuild]) -> None:
         build.cancel()
-        with contextlib.suppress(asyncio.CancelledError, TrialFailed):
+        with contextlib.suppress(asyncio.CancelledError, TrialFailed, TunerError):
             self._lane.build.release((await build).artifact)
