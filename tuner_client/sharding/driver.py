@@ -345,13 +345,14 @@ class ShardDriver:
         return await link.connection.call(method, request, self._settings.heartbeat_s)
 
     async def _grant(self, link: InstanceLink, command: m.Grant) -> None:
+        claim = not self._job.spec.refresh and (command.trials > 0 or command.conclude)
         lease = pb.Lease(
             task=command.task,
             token=command.token,
             trials=command.trials,
             conclude=command.conclude,
-            claim=not self._job.spec.refresh and (command.trials > 0 or command.conclude),
-            take_over=command.take_over,
+            claim=claim,
+            take_over=claim and command.take_over,
         )
         await self._call(link, link.leases.GrantLease, pb.GrantLeaseRequest(job=self._job.job, lease=lease))
         self._feed(m.LeaseAccepted(self._now(), link.address, command.task, command.token))

@@ -29,8 +29,10 @@ def held(board: Board, task: TaskLedger, holder: str, out: list[m.Instruction]) 
     task.awaited = Awaited(holder, aside, ask_s)
 
 
-def published(task: TaskLedger, event: m.LeaseEnded, out: list[m.Instruction]) -> None:
-    """The other job is done, and its best is this job's, too; what was set aside is not needed."""
+def published(board: Board, task: TaskLedger, event: m.LeaseEnded, out: list[m.Instruction]) -> None:
+    """Another job is done with the task, and its best is this job's, too; its share of the budget is saved."""
+    if task.awaited is None:
+        board.unassigned -= min(board.unassigned, max(0, board.fair_trials - task.known))
     holder, task.awaited = task.awaited.holder if task.awaited is not None else "another job", None
     task.state, task.verified = _state(event.fallback), True
     task.best_us, task.best_trial_id, task.reused = event.best_latency_us, event.best_trial_id, event.reused

@@ -23,7 +23,7 @@ def place(board: Board, step: placement.Place, out: list[m.Instruction]) -> None
     task.last_token += 2 if warm else 1  # an instance that misses a token looks up the task's records anew
     token = (board.epoch << EPOCH_BITS) | task.last_token
     lease = Lease(task.plan.name, token, one.name, step.trials, step.conclude, board.now_s, foreign=foreign)
-    lease.take_over = step.take_over
+    lease.take_over = not task.counted and not task.settled  # nothing is published, as far as we know
     shared = bool(task.leases)
     task.leases[one.name] = one.leases[lease.task] = lease
     task.orphaned = False

@@ -227,7 +227,7 @@ class Grant:
     """Start a lease, or extend the one with this token: ``trials`` is what it allows in all.
 
     Attributes:
-        take_over: The task is awaited from another job: what that has published ends the lease.
+        take_over: Nothing of the task is published as far as is known: what another job has published ends the lease.
     """
 
     instance: str

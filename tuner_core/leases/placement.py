@@ -25,7 +25,6 @@ class Place:
     instance: InstanceState
     trials: int
     conclude: bool = False
-    take_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _ask_again(board: Board, usable: list[InstanceState]) -> Step | None:
         if awaited is not None and not task.leases and board.now_s >= awaited.ask_s:
             one = min(usable, key=lambda one: (one.outstanding, one.name))
             trials = min(one.batch, awaited.set_aside)
-            return Place(task, one, trials, conclude=not trials, take_over=not task.counted)
+            return Place(task, one, trials, conclude=not trials)
     return None
 
 

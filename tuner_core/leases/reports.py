@@ -139,7 +139,7 @@ def ended(board: Board, event: m.LeaseEnded, out: list[m.Instruction]) -> None:
     elif event.reason == "held":
         awaiting.held(board, task, event.holder or "another job", out)
     elif event.reason == "published":
-        awaiting.published(task, event, out)
+        awaiting.published(board, task, event, out)
     elif event.reason == "failed":
         task.attempts += 1
         task.error = event.error or "the instance does not say why"
