@@ -40,6 +40,7 @@ def test_every_device_of_the_list_has_its_own_division_and_the_rest_from_the_gen
         - {device: "cuda:GPU-1234", sm-percent: 50, workers: 2, mps: external, oversubscribe: true}
         - cuda:2
         - {device: cpu, mps: off}
+        - {device: "cuda:3", pause-builds: never}
         """
     )
     assert device_settings(listed, GENERAL) == (
@@ -47,6 +48,7 @@ def test_every_device_of_the_list_has_its_own_division_and_the_rest_from_the_gen
         DeviceSettings("cuda:GPU-1234", 50, 2, mps="external", oversubscribe=True),
         DeviceSettings("cuda:2", 25, 4),
         DeviceSettings("cpu", 25, 4, mps="off"),
+        DeviceSettings("cuda:3", 25, 4, pause_builds="never"),
     )
 
 
@@ -61,6 +63,7 @@ def test_every_device_of_the_list_has_its_own_division_and_the_rest_from_the_gen
         ([{"device": "cuda:0", "partitions": [50.5]}], "partitions of cuda:0 wants shares"),
         ([{"device": "cuda:0", "partitions": [50, 0]}], "every share must be 1 to 100, not 0"),
         ([{"device": "cuda:0", "workers": "two"}], "workers of cuda:0 wants a whole number, not 'two'"),
+        ([{"device": "cuda:0", "pause-builds": "no"}], "pause_builds of cuda:0 wants auto, always or never, not 'no'"),
         ([{"device": "cuda:0", "mps": "on"}], "mps of cuda:0 wants auto, external or off"),
         ([{"device": "cuda:0", "partitions": [50], "workers": 2}], "partitions of cuda:0 stand for sm_percent and wor"),
     ],
