@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -34,6 +34,19 @@ def weighted_curve(samples: Iterable[Sample], weights: Mapping[str, int]) -> lis
         if len(best) == len(weights):
             curve.append((sample.at_s, sum(weights[task] * latency for task, latency in best.items())))
     return curve
+
+
+def time_to_settle(curve: Sequence[tuple[float, float]], share: float) -> float:
+    """Seconds until a curve is within a share of its own end.
+
+    Raises:
+        ValueError: The curve is empty.
+    """
+    if not curve:
+        raise ValueError("the curve is empty")
+    reached = time_to_reach(curve, (1 + share) * curve[-1][1])
+    assert reached is not None
+    return reached
 
 
 def time_to_reach(curve: Iterable[tuple[float, float]], latency_us: float) -> float | None:

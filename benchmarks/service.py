@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,8 +133,10 @@ def tune_with_service(
     evaluator: EvaluatorSettings | None = None,
     server_arguments: Sequence[str] = (),
     picture: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    data_dir: Path | None = None,
 ) -> ServiceRun:
-    """One job on a fresh server with an empty store.
+    """One job on a fresh server, with an empty store unless a data directory is given.
 
     Args:
         tasks: What to tune.
@@ -144,11 +146,13 @@ def tune_with_service(
         evaluator: Replaces the server's own evaluator settings.
         server_arguments: Nothing for the defaults.
         picture: The timeline is drawn there, as ``FOLDER/timeline-NAME.svg`` for ``FOLDER/NAME``; None: not at all.
+        options: More fields of the job's message.
+        data_dir: Of the server, whose store keeps the records; None: a temporary one.
     """
     with (
         tempfile.TemporaryDirectory() as temporary,
         _traced(Path(temporary) / "trace.json", picture) as (arguments, figures),
-        running_server([*server_arguments, *arguments]) as server,
+        running_server([*server_arguments, *arguments], data_dir) as server,
         Client(server.address) as client,
     ):
         spec = tuning_pb2.JobSpec(
@@ -164,6 +168,7 @@ def tune_with_service(
             trials=trials,
             seed=seed,
             request_id=uuid.uuid4().hex,
+            **(options or {}),
         )
         if evaluator is not None:
             spec.evaluator.number = evaluator.number

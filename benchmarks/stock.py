@@ -2,8 +2,9 @@
 
 Run as ``python benchmarks/stock.py TASKS.json RESULT.json``, in a process of its own, so that its start-up is its own
 too. ``TASKS.json``: ``{"target": {...}, "trials_per_task": 64, "seed": 1, "evaluator": null, "tasks": [{"name",
-"weight", "body"}]}`` (``body`` is a workload's canonical JSON; ``evaluator`` replaces stock's own settings). Times in
-the result are seconds since the epoch, latencies microseconds.
+"weight", "body"}]}`` (``body`` is a workload's canonical JSON; ``evaluator`` replaces stock's own settings; with
+``"seeds": [...]`` in place of ``seed`` the runs come one after the other, as ``{"runs": [...]}``). Times in the result
+are seconds since the epoch, latencies microseconds.
 """
 
 from __future__ import annotations
@@ -56,7 +57,15 @@ class TrialLog:
 def main() -> None:
     """Tune, then write the result."""
     spec = json.loads(Path(sys.argv[1]).read_text())
+    if "seeds" in spec:
+        result = {"runs": [tune(spec, seed) for seed in spec["seeds"]]}
+    else:
+        result = tune(spec, spec["seed"])
+    Path(sys.argv[2]).write_text(json.dumps(result))
 
+
+def tune(spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run of ``ms.tune_tasks``."""
     from tvm.ir.utils import derived_object
     from tvm.s_tir import meta_schedule as ms
     from tvm.target import Target
@@ -85,7 +94,7 @@ def main() -> None:
                 for task, module in zip(spec["tasks"], modules, strict=True)
             ],
             work_dir=work_dir,
-            seed=spec["seed"],
+            seed=seed,
         )
         runner: Any = "local"
         if spec["evaluator"]:
@@ -101,7 +110,7 @@ def main() -> None:
             measure_callbacks=[Observer(), *ms.measure_callback.MeasureCallback.create("default")],
         )
         tuning_to = time.time()
-    result = {
+    return {
         "started_at": STARTED_AT,
         "tuning_from": tuning_from,
         "tuning_to": tuning_to,
@@ -109,7 +118,6 @@ def main() -> None:
         "trials": log.trials,
         "best": log.best,
     }
-    Path(sys.argv[2]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

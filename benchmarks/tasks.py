@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,17 @@ def light_model(name: str) -> Path:
     return Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"light_{name}.onnx"
 
 
-def extract(target_json: str) -> list[ExtractedTask]:
+def extract(target_json: str, operators: Sequence[str] = OPERATORS) -> list[ExtractedTask]:
     """For each kind of operator, the one of :data:`MODEL` that is called most often (the first of those).
 
     Args:
         target_json: Target to prepare the model for.
+        operators: Kinds.
     """
     load_tvm()
     prepared = prepare(load_model(light_model(MODEL), {}).module, target_json)
     chosen = []
-    for operator in OPERATORS:
+    for operator in operators:
         candidates = [task for task in prepared.tasks if task.workload.op == operator and task.tunable]
         if not candidates:
             raise LookupError(f"{MODEL} has no {operator} worth tuning")
