@@ -84,6 +84,7 @@ def test_a_job_whose_tasks_all_stand_still_ends_before_its_budget_does() -> None
     engine = Flat(JobMachine([TaskPlan("x", 1, False), TaskPlan("y", 1, True)], 4000, Limits(), EarlyStopping(64)))
     assert engine.run().state is JobState.DONE
     assert 64 <= engine.measured[1] < 200
+    assert len(engine.unmeasured_when_preparing) == 1  # the untuned model is built beside the last trials all the same
 
 
 class Unequal(SimulatedEngine):

@@ -249,7 +249,7 @@ class JobMachine:
             self._drop_negligible(out)
             self._settle_unchosen()
             self._fill(out)
-            if self.unassigned == 0 and not self._preparing_model:
+            if not self._preparing_model and not self._takers():
                 self._preparing_model = True
                 out.append(m.PrepareModel())
             self._end_tasks(out)
