@@ -107,13 +107,13 @@ def perform(run: Run, arguments: tuple[str, ...], out: Path, limit_s: float) -> 
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Have a process group end: first in order, then at once."""
-    for number, grace_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 5.0)):
-        if process.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace_s)
+            process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def last_line(path: Path) -> str:
