@@ -254,4 +254,4 @@ class TestDeadWriters:
             with pytest.raises(UsageError, match="too old"):
                 store.follow(RecordFilter(), start)
             with pytest.raises(UsageError, match="not one of this store"):
-                store.follow(RecordFilter(), "redis-999.0")
+                store.follow(RecordFilter(), "redis-999999999999999999.0")

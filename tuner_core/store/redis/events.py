@@ -1,4 +1,4 @@
-"""Followers: the stream of commits, numbered without a gap."""
+"""Followers: the stream of commits, each with the number of the one before it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-from tuner_core.errors import UnavailableError, UsageError
+from tuner_core.errors import UsageError
 from tuner_core.model import Record
 from tuner_core.store.groups import EXACT, ArgsInfo
 from tuner_core.store.interface import Followed, RecordFilter
@@ -19,12 +19,14 @@ from tuner_core.store.shapes import parse_shape, shape_matches
 _FORM = "redis-"
 _EVENTS_AT_ONCE = 64
 _BLOCK_S = 1.0
+_CLOCKS_DIFFER_S = 86_400.0
 
 
 class Follower:
     """Reads the stream of a store's commits.
 
-    A cursor is (number of the last event that was read whole, trials read of the next one).
+    A cursor is (number of the last event that was read whole, trials read of the next one, the next one's number). A
+    failover may lose events that were read: their numbers stay behind, and what comes after them is read on.
 
     Args:
         connection: Of the store.
@@ -39,22 +41,25 @@ class Follower:
     def follow(self, where: RecordFilter, after: str | None, limit: int, wait_s: float) -> Followed:
         """See :meth:`RecordStore.follow`."""
         deadline = time.monotonic() + wait_s
-        number, offset = (self._end(), 0) if after is None else _position(after)
+        number, offset, cut = (self._end(), 0, 0) if after is None else _position(after)
         records: list[Record] = []
         while True:
-            events = self._replicated(self._events(number, after))
+            events = self._events(number, after)
             for event, digest, trials in events:
+                if event != cut:
+                    offset = 0
                 taken = self._take(where, digest, trials[offset:], limit - len(records))
                 records += taken[0]
                 offset += taken[1]
                 if offset < len(trials):
+                    cut = event
                     break
-                number, offset = event, 0
+                number, offset, cut = event, 0, 0
                 if len(records) >= limit:
                     break
             left_s = deadline - time.monotonic()
             if records or (not events and left_s <= 0):
-                return Followed(tuple(records), f"{_FORM}{number}.{offset}")
+                return Followed(tuple(records), f"{_FORM}{number}" + (f".{offset}.{cut}" if offset else ".0"))
             if not events:
                 self._wait(number, min(left_s, _BLOCK_S, self._connection.location.timeout_s / 2))
 
@@ -65,36 +70,28 @@ class Follower:
         """Events behind a number.
 
         Raises:
-            UsageError: The next one was forgotten, or the number is of another store.
+            UsageError: The next one was forgotten, or the number is not of this store.
         """
         keys = self._connection.keys
         found = self._connection.one("XRANGE", keys.events, f"{number + 1}-0", "+", "COUNT", _EVENTS_AT_ONCE)
-        events = []
+        events: list[tuple[int, str, list[bytes]]] = []
+        before: list[int] = []
         for name, fields in found:
             values = fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True))
             trials = values[b"t"]
             cut = [trials[at : at + 32] for at in range(0, len(trials), 32)]
             events.append((int(name.split(b"-")[0]), values[b"w"].hex(), cut))
+            before.append(int(values.get(b"p", events[-1][0] - 1)))
         if events:
-            if events[0][0] != number + 1:
+            if before[0] > number:
                 raise UsageError(
                     f"the cursor {after!r} is too old: the store remembers the last commits only; begin anew, without "
                     "a cursor, and query for what came meanwhile"
                 )
-        elif (end := self._end()) != number and not (end > number and self._connection.one("EXISTS", keys.events)):
+        elif number > (time.time() + _CLOCKS_DIFFER_S) * 1e6 or (
+            self._end() > number and not self._connection.one("EXISTS", keys.events)
+        ):
             raise UsageError(f"the cursor {after!r} is not one of this store: begin anew, without a cursor")
-        return events
-
-    def _replicated(self, events: list[tuple[int, str, list[bytes]]]) -> list[tuple[int, str, list[bytes]]]:
-        """Events that a promoted replica has too, or none yet: or it would give their numbers to others."""
-        if not events or not self._connection.confirms:
-            return events
-        published, last = self._connection.keys.published, events[-1][0]
-        there = ("HGET", published, "e"), lambda found: int(found or 0) >= last
-        try:
-            self._connection.confirm([("HSET", published, "barrier", 1)], [there])
-        except UnavailableError:
-            return []
         return events
 
     def _wait(self, number: int, wait_s: float) -> None:
@@ -148,8 +145,10 @@ class Follower:
         return found
 
 
-def _position(cursor: str) -> tuple[int, int]:
+def _position(cursor: str) -> tuple[int, int, int]:
     parts: list[Any] = cursor.removeprefix(_FORM).split(".")
-    if not cursor.startswith(_FORM) or len(parts) != 2 or not all(p.isdigit() and len(p) < 16 for p in parts):
+    shaped = len(parts) == 2 or (len(parts) == 3 and parts[1] != "0")
+    if not cursor.startswith(_FORM) or not shaped or not all(part.isdigit() and len(part) < 19 for part in parts):
         raise UsageError(f"{cursor[:60]!r} is not a cursor of this store: begin anew, without a cursor")
-    return int(parts[0]), int(parts[1])
+    number, offset, cut = (*map(int, parts), 0)[:3]
+    return number, offset, cut

@@ -15,9 +15,13 @@ if behind <= before and new > 0 then
 end
 if behind > before then
   if before < first then before = first end
-  local number = redis.call('HINCRBY', KEYS[4], 'e', 1)
-  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[5], number .. '-0', 'w', digest, 't',
-    string.sub(outbox, (before - first) * 32 + 1))
+  -- a number of the time: one that a failover has lost is not given again
+  local now = redis.call('TIME')
+  local last = tonumber(redis.call('HGET', KEYS[4], 'e') or '0')
+  local number = math.max(last + 1, tonumber(now[1]) * 1000000 + tonumber(now[2]))
+  redis.call('HSET', KEYS[4], 'e', string.format('%.0f', number))
+  redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[5], string.format('%.0f-0', number), 'w', digest, 't',
+    string.sub(outbox, (before - first) * 32 + 1), 'p', string.format('%.0f', last))
   redis.call('HSET', KEYS[4], digest, behind)
   before = behind
 end
