@@ -40,7 +40,7 @@ class SimulatedEngine:
         self.generated: Counter[int] = Counter()
         self.model_traces: Mapping[int, str] = {}
         self.unmeasured_when_preparing: list[int] = []
-        self.unmeasured_when_promoting: dict[int, int] = {}
+        self.unassigned_when_promoting: dict[int, int] = {}
 
     def run(self, known: Mapping[int, m.Known] | None = None) -> m.Finish:
         self._take(self.machine.handle(m.Started(known or {})))
@@ -66,8 +66,7 @@ class SimulatedEngine:
                     pass
                 case m.Promote():
                     self.pending.append(instruction)
-                    unmeasured = self.machine.trials - sum(self.measured.values())
-                    self.unmeasured_when_promoting[instruction.task] = unmeasured
+                    self.unassigned_when_promoting[instruction.task] = self.machine.unassigned
                 case m.PrepareModel():
                     self.unmeasured_when_preparing.append(self.machine.trials - sum(self.measured.values()))
                 case _:
@@ -152,16 +151,16 @@ def test_tasks_that_gain_least_are_promoted_while_the_others_share_the_rest_of_t
     engine = SimulatedEngine(machine_for(tasks, 1000, batch=8, batches_at_once=20), seed)
     assert engine.run().state is JobState.DONE
     assert sum(engine.measured.values()) == 1000
-    early = [task for task, left in engine.unmeasured_when_promoting.items() if left > 0]
-    assert len(early) >= 12, "they would be promoted one after the other at the end"
-    assert max(engine.unmeasured_when_promoting.values()) <= 2 * 8 * 20, "not while the budget is large"
+    early = [task for task, left in engine.unassigned_when_promoting.items() if left > 0]
+    assert len(early) >= 4, "they would be promoted one after the other when all trials are given out"
+    assert max(engine.unassigned_when_promoting.values()) <= 8 * 20, "not while the budget is large"
     assert engine.most_in_all == 20
 
 
 def test_few_tasks_all_search_to_the_end_of_the_budget() -> None:
     engine = SimulatedEngine(machine_for(THREE, 200), seed=1)
     engine.run()
-    assert min(engine.unmeasured_when_promoting.values()) <= 2 * 16
+    assert set(engine.unassigned_when_promoting.values()) == {0}
     assert sum(engine.measured.values()) == 200
 
 
