@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
+from collections import OrderedDict
 
 from tuner_core.errors import InvalidRecordError
 
 MAX_BODY_BYTES = 32 << 20
 MAX_TRACE_BYTES = 8 << 20
 
+# what was unpacked a moment ago is packed again as it was: a server hands traces on between store and wire
+_REMEMBERED = 4_096
+_REMEMBERED_BYTES = 32_768
+_packed: OrderedDict[str, bytes] = OrderedDict()
+_lock = threading.Lock()
+
 
 def pack(text: str) -> bytes:
     """The text's UTF-8 bytes, compressed."""
-    return zlib.compress(text.encode(), 6)
+    return _packed.get(text) or zlib.compress(text.encode(), 6)
 
 
 def unpack(blob: bytes, *, limit: int, what: str) -> str:
@@ -36,6 +44,13 @@ def unpack(blob: bytes, *, limit: int, what: str) -> str:
     if not stream.eof:
         raise InvalidRecordError(f"the {what} is cut short")
     try:
-        return raw.decode()
+        text = raw.decode()
     except UnicodeDecodeError:
         raise InvalidRecordError(f"the {what} is not UTF-8") from None
+    # not what a sender compressed badly, or put more behind
+    if len(raw) <= _REMEMBERED_BYTES and not stream.unused_data and 2 * len(blob) < len(raw):
+        with _lock:
+            _packed[text] = blob
+            while len(_packed) > _REMEMBERED:
+                _packed.popitem(last=False)
+    return text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import statistics
 import struct
 from dataclasses import dataclass
@@ -25,6 +26,16 @@ FACTS_FILE = "tuner.json"
 
 # what stock TVM stores for a run that failed: 1e10 s; no kernel runs for a year
 _FAILED_RUN_S = 1e7
+
+# The schedules of one design space have the same instructions: of a line like one before, only the rest is parsed.
+_INSTRUCTIONS_END = re.compile(r"\]\]\](, ?)\[\[")  # as TVM writes it, and as an export does
+_INSTRUCTIONS_KEPT = 256
+_INSTRUCTIONS_BYTES = 65_536
+_DECODER = json.JSONDecoder()
+# beginning of a line up to the end of its instructions, to the workload's line and the instructions' canonical form
+_heads: dict[str, tuple[int, str]] = {}
+# the workload's line, the canonical trace, and seconds and target as they stand there
+_Parts = tuple[int, str, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,9 @@ def parse_record(line: bytes) -> StockRecord:
     Raises:
         InvalidRecordError: Says what is wrong with the line.
     """
-    row = _json(line)
-    if not (isinstance(row, list) and len(row) == 2 and type(row[0]) is int and row[0] >= 0):
-        raise InvalidRecordError("not a pair of a workload's number and a record")
-    if not (isinstance(row[1], list) and len(row[1]) == 4):
-        raise InvalidRecordError("a record has 4 parts: trace, seconds, target, arguments")
-    trace, seconds, target, _ = row[1]
-    if not _is_trace(trace):
-        raise InvalidRecordError("the trace is not a list of instructions and decisions")
+    text = _text(line)
+    parts = _of_known_instructions(text) or _parts(text)
+    workload, trace, seconds, target = parts
     if not isinstance(target, dict) or not isinstance(target.get("kind"), str):
         raise InvalidRecordError("the record has no target")
     if not isinstance(seconds, list) or not seconds:
@@ -89,7 +95,7 @@ def parse_record(line: bytes) -> StockRecord:
         raise InvalidRecordError("the seconds are not positive numbers")
     if max(runs) >= _FAILED_RUN_S:
         runs = ()
-    return StockRecord(row[0], canonical_json(trace), runs, target)
+    return StockRecord(workload, trace, runs, target)
 
 
 def record_line(record: Record, workload: Workload, number: int) -> str:
@@ -102,18 +108,72 @@ def record_line(record: Record, workload: Workload, number: int) -> str:
     return f"[{number},[{record.trace},{json.dumps(runs_s)},{body}]]"
 
 
+def _parts(text: str) -> _Parts:
+    row = _json(text)
+    if not (isinstance(row, list) and len(row) == 2 and type(row[0]) is int and row[0] >= 0):
+        raise InvalidRecordError("not a pair of a workload's number and a record")
+    if not (isinstance(row[1], list) and len(row[1]) == 4):
+        raise InvalidRecordError("a record has 4 parts: trace, seconds, target, arguments")
+    trace, seconds, target, _ = row[1]
+    if not _is_trace(trace):
+        raise InvalidRecordError("the trace is not a list of instructions and decisions")
+    end = _INSTRUCTIONS_END.search(text)
+    head = text[: end.start(1)] if end else ""
+    if head and len(head) <= _INSTRUCTIONS_BYTES and _same_json(head + "]]]", [row[0], [[trace[0]]]]):
+        if len(_heads) >= _INSTRUCTIONS_KEPT:
+            _heads.clear()
+        _heads[head] = row[0], canonical_json(trace[0])
+    return row[0], canonical_json(trace), seconds, target
+
+
+def _of_known_instructions(text: str) -> _Parts | None:
+    """:func:`_parts` of a line whose instructions another one had before, a tenth of the work; None for any other."""
+    end = _INSTRUCTIONS_END.search(text)
+    known = _heads.get(text[: end.start(1)]) if end else None
+    if end is None or known is None or not text.endswith("]]"):
+        return None
+    workload, instructions = known
+    separator = "]" + end[1]
+    try:
+        decisions, behind = _DECODER.raw_decode(text, end.end(1))
+        rest = json.loads(f"[{text[behind + len(separator) : -2]}]")
+    except (ValueError, RecursionError):
+        return None
+    if not text.startswith(separator, behind) or len(rest) != 3 or not _are_decisions(decisions):
+        return None
+    return workload, f"[{instructions},{canonical_json(decisions)}]", rest[0], rest[1]
+
+
+def _same_json(text: str, value: Any) -> bool:
+    try:
+        return bool(json.loads(text) == value)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _are_decisions(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(decision, list) and len(decision) == 2 for decision in value)
+
+
 def _is_trace(trace: Any) -> bool:
     return (
         isinstance(trace, list)
         and len(trace) == 2
         and all(isinstance(part, list) for part in trace)
         and all(isinstance(step, list) and len(step) == 4 and isinstance(step[0], str) for step in trace[0])
-        and all(isinstance(decision, list) and len(decision) == 2 for decision in trace[1])
+        and _are_decisions(trace[1])
     )
 
 
-def _json(line: bytes) -> Any:
+def _text(line: bytes) -> str:
     try:
-        return json.loads(line)
+        return line.decode().strip()
+    except UnicodeDecodeError as error:
+        raise InvalidRecordError(f"not JSON ({error.reason} at byte {error.start})") from None
+
+
+def _json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRecordError(f"not JSON ({' '.join(str(error).split())})") from None
