@@ -7,7 +7,7 @@ import contextlib
 import signal
 import time
 import zlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from tuner_client.job import JobReport
@@ -167,7 +167,7 @@ class ShardDriver:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.heartbeat_s / 4)
+            await asyncio.sleep(self._settings.heartbeat_s / 8)
             if self._journal.cancel_wanted:
                 self._feed(m.CancelRequested(self._now()))
             self._feed(m.Tick(self._now()))
@@ -372,7 +372,7 @@ class ShardDriver:
         link = self._links[work.instance]
         ledger = self._machine.board.tasks[work.task]
         try:
-            await self._gatherer.settled(list(ledger.counted), self._settings.heartbeat_s / 4)
+            await self._gatherer.settled(self._coming(ledger.counted), self._settings.heartbeat_s / 4)
             records = await asyncio.to_thread(records_of, self._store, self._keys[work.task], self._job.job)
             await self._gatherer.bring(link, records, [self._job.workloads[work.task]])
         except TunerError as error:
@@ -409,17 +409,17 @@ class ShardDriver:
         tasks = self._machine.board.tasks.values()
         return [trial for task in tasks for trial in (*task.counted, task.best_trial_id) if trial]
 
-    def _coming(self) -> list[str]:
-        """Trials whose records have not come yet, but can."""
+    def _coming(self, trials: Iterable[str]) -> list[str]:
+        """Those whose records have not come yet, but can: where they were measured lives."""
         instances = self._machine.board.instances
         return [
             trial
-            for trial in self._gatherer.missing(self._counted())
+            for trial in self._gatherer.missing(trials)
             if trial in self._measured_at and instances[self._measured_at[trial]].alive
         ]
 
     async def _gather_rest(self) -> None:
-        await self._gatherer.settled(self._coming(), _SETTLE_S)
+        await self._gatherer.settled(self._coming(self._counted()), _SETTLE_S)
         missing = self._gatherer.missing(self._counted())
         if missing:
             places = sorted({self._measured_at.get(trial, "servers that are away") for trial in missing})
@@ -442,7 +442,7 @@ class ShardDriver:
                 await asyncio.sleep(0.1)
                 if self._failure is not None:
                     break
-            await self._gatherer.settled(self._coming(), 2.0)
+            await self._gatherer.settled(self._coming(self._counted()), 2.0)
             await self._close_shards()
             report = self.report(JobState.STOPPED.value)
             await asyncio.to_thread(self._journal.save, report)
