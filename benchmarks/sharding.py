@@ -34,6 +34,7 @@ from tuner_client.job import JobReport
 from tuner_client.sharding.tuning import default_store
 from tuner_core.leases.state import LeaseSettings
 from tuner_core.model import Origin
+from tuner_core.proto.tuner.v1 import tuning_pb2
 
 WORKERS = 4
 TRIAL_S = 0.8
@@ -49,6 +50,12 @@ def busy_share(tasks: int, untunable: int, trials: int, instances: int, elapsed_
     """Share of all workers' time in which they measured something that the job needed."""
     needed = trials + tasks + untunable + CONCLUSION_TRIALS * tasks
     return needed * TRIAL_S / (instances * WORKERS * elapsed_s)
+
+
+def _whole(spec: tuning_pb2.JobSpec) -> tuning_pb2.JobSpec:
+    """The same job with every trial measured: no operator is stopped early or left out."""
+    spec.early_stopping, spec.negligible_percent = 0, 0.0
+    return spec
 
 
 def simulated(
@@ -123,7 +130,7 @@ def _driven(
     rss = client.memory_info().rss
     servers_s = sum(sum(process.cpu_times()[:2]) for process in processes)
     before_s, began = time.process_time(), time.monotonic()
-    spec = replay_spec(tasks, trials, untunable=untunable)
+    spec = _whole(replay_spec(tasks, trials, untunable=untunable))
     report = servers.tuner(Script(), heartbeat_s=heartbeat_s).drive(spec, FACTS)
     elapsed_s, cpu_s = time.monotonic() - began, time.process_time() - before_s
     servers_s = sum(sum(process.cpu_times()[:2]) for process in processes) - servers_s
@@ -169,7 +176,7 @@ def failover(number: signal.Signals, heartbeat_s: float) -> dict[str, Any]:
             victim.signal(number)
 
         script = Script((200, hit))
-        report = servers.tuner(script, heartbeat_s=heartbeat_s).drive(replay_spec(12, 600), FACTS)
+        report = servers.tuner(script, heartbeat_s=heartbeat_s).drive(_whole(replay_spec(12, 600)), FACTS)
         assert report.status == "done" and report.measured == 600, report.error
         granted: dict[str, float] = {}
         for server in servers.servers:
