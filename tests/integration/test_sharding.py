@@ -106,6 +106,23 @@ def test_an_instance_that_restarts_at_its_address_takes_part_again(servers: Flee
     assert back.trials > 40
 
 
+def test_an_instance_that_comes_back_as_another_device_is_left_out_and_what_it_measured_counts(servers: Fleet) -> None:
+    changed, _ = servers.add(), servers.add(trial_s=0.1)
+
+    def change() -> None:
+        changed.settings["device"] = "Other CPU"
+        changed.restart()
+
+    script = Script((40, change))
+    report = servers.tuner(script).drive(replay_spec(4, 120), FACTS)
+    assert (report.status, report.measured) == ("done", 120), report.error
+    left = instance(report, changed.address)
+    assert (left.state, left.reason) == ("left out", "has a Other CPU, the job tunes for Replayed CPU")
+    assert script.said(f"{changed.address} is left out: has a Other CPU")
+    by_address = report.document()["tasks"]
+    assert any(changed.address in task["trials_by_instance"] for task in by_address)
+
+
 def test_a_drained_instance_finishes_what_it_measures_and_its_tasks_move(servers: Fleet) -> None:
     victim, _ = servers.add(), servers.add()
 
