@@ -115,7 +115,7 @@ def test_an_instance_that_comes_back_as_another_device_is_left_out_and_what_it_m
 
     script = Script((40, change))
     report = servers.tuner(script).drive(replay_spec(4, 120), FACTS)
-    assert (report.status, report.measured) == ("done", 120), report.error
+    check_whole(report, servers, 120)
     left = instance(report, changed.address)
     assert (left.state, left.reason) == ("left out", "has a Other CPU, the job tunes for Replayed CPU")
     assert script.said(f"{changed.address} is left out: has a Other CPU")

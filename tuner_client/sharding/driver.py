@@ -208,6 +208,9 @@ class ShardDriver:
                     link.left_out = link.trouble
                     self._gone(link, f"is left out: {link.trouble}")
                     self._progress.note(f"{link.address} is left out: {link.trouble}")
+                    if link.incarnation:  # it took part before
+                        with contextlib.suppress(TunerError):
+                            await self._gatherer.rest(link)
                     self._check_anybody_left()
                     return
                 refused = "refused" in link.trouble

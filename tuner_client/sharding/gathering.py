@@ -137,6 +137,23 @@ class Gatherer:
             await self._take(link, page.records)
         link.cursor = cursor
 
+    async def rest(self, link: InstanceLink) -> None:
+        """Copy what an instance that takes no part any more has of the job, as far as it was not copied yet.
+
+        Raises:
+            TunerError: The instance went away, or answers no more.
+        """
+        if self.shares_store(link):
+            return
+        await self.catch_up(link)
+        found = True
+        while found:
+            request = records_pb2.FollowRecordsRequest(filter=self._filter, after=link.cursor or "", wait_s=0.0)
+            found = False
+            async for response in link.connection.stream(link.records.FollowRecords, request):
+                await self._take(link, response.records)
+                link.cursor, found = response.cursor, bool(response.records)
+
     async def fetch(self, link: InstanceLink, key: RecordKey, most: int) -> None:
         """Copy what an instance knows of a task from any job: the published best, and the best trials.
 
