@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
+from tuner_server.search.build_cost import BuildCost
 from tuner_server.search.cost_model import CostModel
 from tuner_server.search.features import Located
 from tuner_server.search.messages import SearchSettings
@@ -22,8 +24,9 @@ def rank_offspring(
     settings: SearchSettings,
     count: int,
     rng: random.Random,
+    cost: BuildCost,
 ) -> list[Located]:
-    """Points that the model likes, best first.
+    """Points that the model likes, best first; of those that it likes alike, what is cheap to build.
 
     Args:
         parents: Where to start from, best first: valid trials, or random points.
@@ -33,6 +36,7 @@ def rank_offspring(
         settings: Numbers of proposals and generations.
         count: How many points the caller wants; more are ranked.
         rng: Source of randomness.
+        cost: What a point costs to build.
     """
     everyone = parents
     elites = list(parents[: max(16, len(parents) // 8)])
@@ -47,7 +51,8 @@ def rank_offspring(
             break
         scored.update(zip(fresh, model.predict(fresh).tolist(), strict=True))
         parents = sorted(scored, key=scored.__getitem__, reverse=True)[: max(_SURVIVORS, 2 * count)] + elites[:8]
-    return _spread(sorted(scored, key=scored.__getitem__, reverse=True), count)
+    worth = {located: score - settings.cost_weight * math.log2(cost(located)) for located, score in scored.items()}
+    return _spread(sorted(worth, key=worth.__getitem__, reverse=True), count)
 
 
 def _spread(ranked: list[Located], count: int) -> list[Located]:

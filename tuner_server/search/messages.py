@@ -46,6 +46,8 @@ class SearchSettings:
         random_first: Trials to draw at random before the model is asked.
         boost_rounds: Trees of the cost model.
         known_limit: Known trials that a session starts from, the fastest first.
+        cost_weight: How much faster a schedule has to be predicted, in powers of two, for costing twice as much to
+            build; 0: the cost of a build plays no part, also where schedules are drawn at random.
         attempts_per_candidate: Schedules to try for one that is valid and new, before a batch ends short.
         repeats_to_exhaust: Valid schedules in a row that are not new, after which a space counts as exhausted.
         batch_cpu_s: A batch ends short after this much CPU time, three times as much while it is empty.
@@ -58,6 +60,7 @@ class SearchSettings:
     random_first: int = 16
     boost_rounds: int = 60
     known_limit: int = 2000
+    cost_weight: float = 0.1
     attempts_per_candidate: int = 64
     repeats_to_exhaust: int = 64
     batch_cpu_s: float = 20.0

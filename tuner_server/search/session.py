@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from tuner_core.model import sha256_hex
+from tuner_server.search.build_cost import cheaper
 from tuner_server.search.cost_model import CostModel
 from tuner_server.search.evolution import rank_offspring
 from tuner_server.search.experience import Experience
@@ -29,6 +30,7 @@ _RANDOM_PARENTS = 32  # for each space
 _BASES = 24  # points of each space from which random ones are redrawn
 _REDRAWS = 512
 _ENOUGH = 8  # allowed ones, to take the first that is likely to be valid
+_MOST_SEEN = 64  # before a space is taken to hold little else
 _LIKELY = 0.5
 
 
@@ -177,16 +179,20 @@ class SearchSession:
         if len(bases) < self._bases_wanted(space):
             return space, None  # only TVM knows the extents of the loops
         allowed: list[Located] = []
+        seen = 0
         for _ in range(_REDRAWS):
             located = (space, space.redraw(self._rng.choice(bases), self._rng))
-            if self._acceptable(located):
+            if located in self._seen_points:
+                seen += 1
+            elif self._sketches.allows(*located):
                 allowed.append(located)
-                if len(allowed) == _ENOUGH:
-                    break
-        for located, likely in zip(allowed, self._validity.probability(allowed), strict=True):
-            if likely >= _LIKELY:
-                return located
-        return allowed[0] if allowed else (space, None)
+            if len(allowed) == _ENOUGH or seen == _MOST_SEEN:
+                break
+        probabilities = self._validity.probability(allowed)
+        likely = [located for located, chance in zip(allowed, probabilities, strict=True) if chance >= _LIKELY]
+        if likely and self._settings.cost_weight:
+            return cheaper(likely, self._sketches.build_cost, self._rng)
+        return next(iter(likely or allowed), (space, None))
 
     def _bases_wanted(self, space: DesignSpace) -> int:
         return 1 if space.fixed_extents and self._bases[space.index] else _BASES // 4
@@ -207,7 +213,16 @@ class SearchSession:
             parents += self._random_parents()
         if not parents or not self._model.ready:
             return []
-        return rank_offspring(parents, self._model, self._validity, self._acceptable, self._settings, count, self._rng)
+        return rank_offspring(
+            parents,
+            self._model,
+            self._validity,
+            self._acceptable,
+            self._settings,
+            count,
+            self._rng,
+            self._sketches.build_cost,
+        )
 
     def _random_parents(self) -> list[Located]:
         """Random points of each space, with loop extents that TVM has decided."""

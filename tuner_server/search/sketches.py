@@ -16,6 +16,7 @@ from tvm.target import Target
 from tuner_core.compiler.guard import load_workload
 from tuner_core.compiler.trace import trace_json
 from tuner_server.search.accesses import cached_blocks
+from tuner_server.search.build_cost import UnrolledStatements
 from tuner_server.search.registers import RegisterLimits
 from tuner_server.search.shared_memory import SharedMemoryLimits
 from tuner_server.search.space import DesignSpace, Point, Value
@@ -91,6 +92,10 @@ class Sketches:
         traces = [json.loads(trace_json(sketch.trace)) for sketch in sketches]
         self.spaces = [DesignSpace(index, trace) for index, trace in enumerate(traces)]
         self.bases = [space.point_of(trace) for space, trace in zip(self.spaces, traces, strict=True)]
+        self._statements = [
+            UnrolledStatements(space, trace[0]) if "gpu" in self.target.keys else None
+            for space, trace in zip(self.spaces, traces, strict=True)
+        ]
         self._limits = [
             self._limits_of(space, trace[0], sketch) if "gpu" in self.target.keys else ()
             for space, trace, sketch in zip(self.spaces, traces, sketches, strict=True)
@@ -138,6 +143,12 @@ class Sketches:
 
     def _refused_for(self, space: DesignSpace, point: Point) -> str | None:
         return next((limit.of for limit in self._limits[space.index] if not limit.allow(point)), None)
+
+    def build_cost(self, located: tuple[DesignSpace, Point]) -> float:
+        """What building a point costs relative to others (see :mod:`tuner_server.search.build_cost`); 1 on a CPU."""
+        space, point = located
+        statements = self._statements[space.index]
+        return 1.0 if statements is None else statements.of(point)
 
     def apply(self, space: DesignSpace, point: Point | None, seed: int) -> Applied | Rejected:
         """Make a schedule of a point.
