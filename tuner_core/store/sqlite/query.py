@@ -158,7 +158,8 @@ class _Query:
             self._connection.create_function("wanted", 1, wanted.__contains__, deterministic=True)
             found = found.and_("wanted(group_id)")
         column, sign = ("sort_us", ">=") if self._order == "latency" else ("created_at", "<=")
-        start = abs(self._start[0]) if self._start else 0.0
+        value = self._start[0] if self._start else 0.0
+        start = value if self._order == "latency" else -value
         far = self._connection.execute(
             f"SELECT {column} FROM records INDEXED BY {index} WHERE {column} {sign} ? "
             f"{'AND verified = 1' if index == 'records_verified_latency' else ''} "
