@@ -214,9 +214,11 @@ class SpooledStore(RecordStore):
             UnavailableError, StoreError: It failed, or has not answered.
         """
         patience_s = _PATIENCE_S + len(records) * _PATIENCE_PER_RECORD_S
+        committing = self._committing.submit(self._commit_shared, records, workloads)
         try:
-            result = self._committing.submit(self._commit_shared, records, workloads).result(patience_s)
+            result = committing.result(patience_s)
         except TimeoutError:
+            committing.cancel()
             raise UnavailableError(f"the shared store has not answered within {patience_s:.1f} s") from None
         self._keep(workloads)
         return result
