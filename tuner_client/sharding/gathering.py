@@ -42,6 +42,14 @@ def store_identity(url: str, default_scheme: str = "") -> tuple[str, ...]:
     return (kind, *sorted(places), parts.path.strip("/") or "0", prefix)
 
 
+def _seen_from(address: str, identity: tuple[str, ...]) -> tuple[str, ...]:
+    """A Redis at a loopback address is that of the host which says so."""
+    if not any(_is_local(part) for part in identity if ":" in part):
+        return identity
+    host = split_address(address)[0]
+    return (*identity, "here" if is_loopback(host) else host)
+
+
 def _is_local(place: str) -> bool:
     return is_loopback(place.rpartition(":")[0].strip("[]"))
 
@@ -85,11 +93,14 @@ class Gatherer:
         return self._sharing[place]
 
     def _is_own(self, address: str, store_url: str) -> bool:
-        if store_identity(store_url, self._scheme) != self._shared:
-            return False
-        # A Redis at a loopback address is this host's for us, and its own host's for the instance.
-        here = is_loopback(split_address(address)[0])
-        return here or not any(_is_local(part) for part in self._shared if ":" in part)
+        here = _seen_from("127.0.0.1:1", self._shared)
+        return _seen_from(address, store_identity(store_url, self._scheme)) == here
+
+    def store_of(self, link: InstanceLink) -> tuple[str, ...]:
+        """What tells the instance's store apart from those of the others."""
+        assert link.facts is not None
+        identity = store_identity(link.facts.store, self._scheme)
+        return _seen_from(link.address, identity) if identity else (link.address,)
 
     def told(self, link: InstanceLink, trial_id: str) -> None:
         """An instance has stored a record: where it writes into our own store, there is nothing to wait for."""

@@ -20,7 +20,7 @@ from tuner_client.progress import Progress, Silent
 from tuner_client.request import TuneRequest
 from tuner_client.sharding.admission import Admission, JobFacts, admit
 from tuner_client.sharding.driver import ShardDriver
-from tuner_client.sharding.gathering import Gatherer, store_identity
+from tuner_client.sharding.gathering import Gatherer
 from tuner_client.sharding.history import records_of, task_history, task_plan
 from tuner_client.sharding.journal import ShardJournal, sharded_job
 from tuner_client.sharding.link import InstanceLink
@@ -315,8 +315,7 @@ class ShardedTuner:
                 async with asyncio.timeout(GATHER_FIRST_S):
                     if again:
                         await gatherer.catch_up(link)
-                    assert link.facts is not None
-                    store = store_identity(link.facts.store) or (link.address,)
+                    store = gatherer.store_of(link)
                     if store in stores:
                         return
                     stores.add(store)
