@@ -30,8 +30,8 @@ _RETRY_S = (0.05, 5.0)
 _DRAIN_S = 2.0
 _ANSWERS = 4_096
 _PATIENCE_S = 2.0
-"""So long a commit waits for the shared store. Trials are not done before they are stored: a server has some six seconds
-of them under way, and so goes on measuring."""
+"""So long a commit waits for the shared store. Trials are not done before they are stored: a server has some six
+seconds of them under way, and so goes on measuring."""
 _PATIENCE_PER_RECORD_S = 0.01
 _NO_SNAPSHOT = 1 << 62
 

@@ -119,7 +119,8 @@ class Keys:
 
     @property
     def published(self) -> str:
-        """Hash: numbers of the last event ``e`` (a time in us) and change ``c``; workload to how much of its outbox is published."""
+        """Hash: numbers of the last event ``e`` (a time in us) and change ``c``; workload to how much of its outbox is
+        published."""
         return f"{self.prefix}:{{index}}:published"
 
     @property
