@@ -6,12 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from tuner_core.errors import ConflictError, TunerError, UsageError
 from tuner_core.model import DeviceInfo, target_digest
@@ -29,6 +25,7 @@ from tuner_server.partitions.select import Chosen, select_providers
 from tuner_server.processes.spawner import Spawner
 from tuner_server.scheduler.gathering import Gathering
 from tuner_server.scheduler.machine import Limits
+from tuner_server.scratch import Scratch
 from tuner_server.search.pool import SearchPool
 
 log = logging.getLogger(__name__)
@@ -92,7 +89,7 @@ class Engine:
         self._pools: WorkPools | None = None
         self._gate: CoreGate | None = None
         self._floor: Floor | None = None
-        self._scratch: Path | None = None
+        self._scratch: Scratch | None = None
         self._granted: dict[str, asyncio.Future[Grant]] = {}
         self._chosen: list[Chosen] = []
         self._lanes: dict[str, Lane] = {}
@@ -206,11 +203,11 @@ class Engine:
             if self._started:
                 return
             config = self._config
-            self._scratch = Path(tempfile.mkdtemp(prefix="tuner-", dir=_scratch_root()))
+            self._scratch = await asyncio.to_thread(Scratch)
             self._spawner = spawner = Spawner(config.data_dir / "logs")
             try:
                 await spawner.start()
-                self._pools = WorkPools(config, spawner, self._scratch)
+                self._pools = WorkPools(config, spawner, self._scratch.path)
                 self._gate = gate = CoreGate([self._pools])
                 self._chosen, self.notes = await select_providers(config.devices, config.data_dir, spawner)
                 for note in self.notes:
@@ -253,7 +250,7 @@ class Engine:
         if self._spawner is not None:
             await self._spawner.stop()
         if self._scratch is not None:
-            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+            await asyncio.to_thread(self._scratch.remove)
 
     # Lanes
 
@@ -346,8 +343,3 @@ class Engine:
             limits=Limits.for_cores(self.batch, _IN_FLIGHT_PER_CORE * self._pools.cores),
             gathering=self._gathering,
         )
-
-
-def _scratch_root() -> str | None:
-    """Artifacts are many, small and short-lived: keep them in memory where there is a place for that."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
