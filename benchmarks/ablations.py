@@ -11,6 +11,7 @@ store first (the *past*); every run gets a copy of that store, or an empty one:
   less than 3 % of the untuned model get no trials (the default is 0.5 %, which this model's operators exceed).
 - ``not pre-trained``: tasks teach each other, the past does not. ``no shared experience``: neither.
 - ``no early stopping``, ``no skipping``.
+- ``no cost of builds`` (on a GPU only): what a candidate costs to build plays no part in choosing it.
 
 Each run's weighted latency is the job's own, of its best schedules so far; an operator without trials counts with its
 fallback schedule. It settles when it is within 5 % of its own end; it reaches the bar when it is within 5 % of the
@@ -52,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no early stopping": {"early_stopping": 0},
     "no skipping": {"negligible_percent": 0.0},
 }
+GPU_VARIANTS: dict[str, dict[str, Any]] = {"no cost of builds": {"build_cost_weight": 0.0}}
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--trials", type=int, default=24, help="per operator (default: 24)")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="by commas (default: all)")
+    parser.add_argument("--variants", help="by commas (default: all)")
     parser.add_argument("--name", help="of the result file (default: ablations-cpu or ablations-cuda)")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the result file")
     arguments = parser.parse_args()
     kind = arguments.device.partition(":")[0]
-    chosen = {name: {**ALL_ON, **VARIANTS[name]} for name in arguments.variants.split(",")}
+    variants = {**VARIANTS, **(GPU_VARIANTS if kind == "cuda" else {})}
+    chosen = {name: {**ALL_ON, **variants[name]} for name in (arguments.variants or ",".join(variants)).split(",")}
 
     machine = results.machine()
     for_server = ["--device", arguments.device]

@@ -223,3 +223,22 @@ def test_a_stopped_pool_leaves_no_process(runner: asyncio.Runner, spawner: Spawn
             await pool.generate("last", 1)
 
     runner.run(check())
+
+
+def test_sessions_learn_from_those_they_share_with_and_from_no_others(runner: asyncio.Runner, pool: SearchPool) -> None:
+    def cost(trace: str) -> float:  # the innermost factor of the columns, as vector code has it
+        return 100.0 / decisions(trace)[1][-1]
+
+    async def check() -> dict[str | None, float]:
+        await pool.open("teacher", matmul(48), LLVM, seed=1, shared_with="a")
+        for _ in range(3):
+            await pool.report("teacher", [KnownTrial(t, cost(t)) for t in await pool.generate("teacher", 16)])
+        costs: dict[str | None, float] = {}
+        for group in ("a", "b", None):
+            await pool.open(f"pupil of {group}", matmul(96), LLVM, seed=1, shared_with=group)
+            costs[group] = sum(map(cost, await pool.generate(f"pupil of {group}", 16)))
+        return costs
+
+    costs = runner.run(check())
+    assert costs["b"] == costs[None]  # as if nobody had searched before
+    assert costs["a"] < 0.7 * costs["b"]

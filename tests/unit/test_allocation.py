@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.replay.instance import ReplayInstance
@@ -11,11 +13,13 @@ from tests.unit.test_scheduler_machine import SimulatedEngine
 from tuner_core.allocation.budget import MIN_TRIALS, negligible_tasks
 from tuner_core.allocation.options import negligible_share_of, stopping_of
 from tuner_core.allocation.stopping import EarlyStopping, weighted_latency_us
+from tuner_core.errors import UsageError
 from tuner_core.leases.state import LeaseSettings
 from tuner_core.model import JobState, TaskState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.machine import JobMachine, Limits, TaskPlan
+from tuner_server.scheduler.validation import validate_spec
 
 FOUR = EarlyStopping(patience=4, min_progress=0.01)
 
@@ -52,6 +56,21 @@ def test_what_a_job_leaves_open_has_defaults() -> None:
     assert (stopping_of(spec).patience, negligible_share_of(spec)) == (128, 0.005)
     spec = tuning_pb2.JobSpec(early_stopping=0, negligible_percent=0.0)
     assert (stopping_of(spec).patience, negligible_share_of(spec)) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("early_stopping", -1),
+        ("negligible_percent", 100.0),
+        ("negligible_percent", float("nan")),
+        ("experience", "mine"),
+        ("build_cost_weight", -0.1),
+    ],
+)
+def test_a_job_with_an_option_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=field):
+        validate_spec(tuning_pb2.JobSpec(sm_percent=100, trials=1, **{field: value}))
 
 
 class Flat(SimulatedEngine):

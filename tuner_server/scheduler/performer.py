@@ -138,7 +138,8 @@ class Performer:
     async def _open(self, wanted: m.OpenSession) -> None:
         seed = (self.facts.spec.seed + wanted.task * 7919) % (2**31 - 2) + 1
         key = self.key(wanted.task)
-        asked = self.facts.spec.experience or "store"
+        spec = self.facts.spec
+        asked = spec.experience or "store"
         past = self._transfer if asked == "store" else None
         try:
             await self.lane.search.open(
@@ -150,6 +151,7 @@ class Performer:
                 seeds=await past.seeds(key) if past else (),
                 lessons=await past.lessons(key) if past else (),
                 shared_with={"store": "", "job": self.facts.job}.get(asked),
+                cost_weight=spec.build_cost_weight if spec.HasField("build_cost_weight") else None,
             )
         except (SearchFailed, SearchLost) as error:
             log.warning("%s: cannot open a search: %s", self.facts.spec.tasks[wanted.task].name, error)

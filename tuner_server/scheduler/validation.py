@@ -12,6 +12,7 @@ from tuner_core.proto.tuner.v1 import tuning_pb2
 MAX_TRIALS = 1_000_000
 MAX_TASKS = 10_000
 MAX_BODY_BYTES = 16 << 20
+MAX_COST_WEIGHT = 10.0
 EXPERIENCES = ("", "store", "job", "none")
 
 
@@ -41,6 +42,8 @@ def validate_spec(spec: tuning_pb2.JobSpec) -> None:
         raise UsageError(f"early_stopping is {spec.early_stopping}, but must be a number of trials, or 0 for never")
     if not 0 <= spec.negligible_percent < 100:
         raise UsageError(f"negligible_percent is {spec.negligible_percent:g}, but must be 0 or more, and under 100")
+    if not 0 <= spec.build_cost_weight <= MAX_COST_WEIGHT:
+        raise UsageError(f"build_cost_weight is {spec.build_cost_weight:g}, but must be 0 to {MAX_COST_WEIGHT:g}")
     if spec.experience not in EXPERIENCES:
         raise UsageError(f"experience is '{spec.experience[:40]}', but must be one of {', '.join(EXPERIENCES[1:])}")
     if spec.target_json:

@@ -74,6 +74,7 @@ class SearchPool:
         seeds: Sequence[str] = (),
         lessons: Sequence[Lesson] = (),
         shared_with: str | None = "",
+        cost_weight: float | None = None,
     ) -> None:
         """Open a session, in place of one of the same name.
 
@@ -87,6 +88,7 @@ class SearchPool:
             lessons: Trials of other operators on this target. A process learns those of a target once.
             shared_with: Sessions with the same word learn from each other's trials, if their target is the same; None:
                 this one learns from nobody.
+            cost_weight: Replaces that of the settings.
 
         Raises:
             SearchFailed: The workload or target is not accepted.
@@ -112,6 +114,7 @@ class SearchPool:
                     "known": _rows(known),
                     "seeds": list(seeds),
                     "shared_with": shared_with,
+                    "cost_weight": self._settings.cost_weight if cost_weight is None else cost_weight,
                     "lessons": [] if taught else [[lesson.task, lesson.trace, lesson.median_us] for lesson in lessons],
                 },
             )

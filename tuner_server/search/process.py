@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from typing import Any
 
 from tuner_core.errors import UsageError
@@ -30,7 +31,7 @@ class _Sessions:
             session = SearchSession(
                 args["body"],
                 args["target"],
-                self._settings,
+                replace(self._settings, cost_weight=args["cost_weight"]),
                 args["seed"],
                 _trials(args["known"]),
                 experience,

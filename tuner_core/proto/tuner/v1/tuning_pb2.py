@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tuner_core.proto.tuner.v1 import records_pb2 as tuner_dot_v1_dot_records__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tuner/v1/tuning.proto\x12\x08tuner.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16tuner/v1/records.proto\"_\n\x08TaskSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x08workload\x18\x02 \x01(\x0b\x32\x12.tuner.v1.Workload\x12\x0e\n\x06weight\x18\x03 \x01(\x05\x12\x0f\n\x07tunable\x18\x04 \x01(\x08\"J\n\x11\x45valuatorSettings\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x0e\n\x06repeat\x18\x02 \x01(\x05\x12\x15\n\rmin_repeat_ms\x18\x03 \x01(\x05\"\xfb\x03\n\x07JobSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12lifted_module_zlib\x18\x03 \x01(\x0c\x12!\n\x05tasks\x18\x04 \x03(\x0b\x32\x12.tuner.v1.TaskSpec\x12\x13\n\x0btarget_json\x18\x05 \x01(\t\x12\x12\n\nsm_percent\x18\x06 \x01(\x05\x12\x0e\n\x06trials\x18\x07 \x01(\x05\x12\x0c\n\x04team\x18\x08 \x01(\t\x12.\n\tevaluator\x18\t \x01(\x0b\x32\x1b.tuner.v1.EvaluatorSettings\x12\x0f\n\x07refresh\x18\n \x01(\x08\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x12\n\nrequest_id\x18\x0c \x01(\t\x12)\n\x04tags\x18\r \x03(\x0b\x32\x1b.tuner.v1.JobSpec.TagsEntry\x12\x0e\n\x06layout\x18\x0e \x01(\t\x12\x1b\n\x0e\x65\x61rly_stopping\x18\x0f \x01(\x05H\x00\x88\x01\x01\x12\x1f\n\x12negligible_percent\x18\x10 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nexperience\x18\x11 \x01(\t\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_early_stoppingB\x15\n\x13_negligible_percent\"\xd7\x03\n\nTaskStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x17\n\x0fworkload_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x05\x12\x0e\n\x06trials\x18\x06 \x01(\x05\x12\x0e\n\x06reused\x18\x07 \x01(\x05\x12\x0e\n\x06\x66\x61iled\x18\x08 \x01(\x05\x12 \n\x13\x62\x61seline_latency_us\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x62\x65st_latency_us\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x08verified\x18\x0b \x01(\x08\x12\x10\n\x08instance\x18\x0c \x01(\t\x12\r\n\x05\x65rror\x18\r \x01(\t\x12\x15\n\rbest_trial_id\x18\x0e \x01(\t\x12\n\n\x02op\x18\x0f \x01(\t\x12\x34\n\x08\x66\x61ilures\x18\x10 \x03(\x0b\x32\".tuner.v1.TaskStatus.FailuresEntry\x12\x15\n\rstopped_early\x18\x11 \x01(\x08\x1a/\n\rFailuresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x16\n\x14_baseline_latency_usB\x12\n\x10_best_latency_us\"\x8f\x05\n\tJobStatus\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x01(\t\x12\x13\n\x0btarget_json\x18\x05 \x01(\t\x12\x12\n\nsm_percent\x18\x06 \x01(\x05\x12\x10\n\x08sm_count\x18\x07 \x01(\x05\x12#\n\x05tasks\x18\x08 \x03(\x0b\x32\x14.tuner.v1.TaskStatus\x12 \n\x13\x62\x61seline_latency_us\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x10tuned_latency_us\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\routputs_match\x18\x0b \x01(\x08H\x02\x88\x01\x01\x12\x17\n\x0ftrials_measured\x18\x0c \x01(\x05\x12\x15\n\rtrials_failed\x18\r \x01(\x05\x12\x15\n\rtrials_reused\x18\x0e \x01(\x05\x12\x15\n\rtrials_budget\x18\x0f \x01(\x05\x12\x11\n\telapsed_s\x18\x10 \x01(\x01\x12\x14\n\x0ctrials_per_s\x18\x11 \x01(\x01\x12.\n\ncreated_at\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x13 \x01(\t\x12\x0c\n\x04team\x18\x14 \x01(\t\x12\r\n\x05phase\x18\x15 \x01(\t\x12\x14\n\x0c\x64\x65vice_model\x18\x16 \x01(\t\x12\x13\n\x0btvm_version\x18\x17 \x01(\t\x12\x10\n\x08instance\x18\x18 \x01(\t\x12\x14\n\x0c\x64\x65vice_uuids\x18\x19 \x03(\t\x12\x0e\n\x06layout\x18\x1a \x01(\tB\x16\n\x14_baseline_latency_usB\x13\n\x11_tuned_latency_usB\x10\n\x0e_outputs_match\"3\n\x10SubmitJobRequest\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.tuner.v1.JobSpec\" \n\x11SubmitJobResponse\x12\x0b\n\x03job\x18\x01 \x01(\t\"\x1c\n\rGetJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"5\n\x0eGetJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus\" \n\x0fListJobsRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\"5\n\x10ListJobsResponse\x12!\n\x04jobs\x18\x01 \x03(\x0b\x32\x13.tuner.v1.JobStatus\"\x1e\n\x0fWatchJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"H\n\x10WatchJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x1f\n\x10\x43\x61ncelJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"8\n\x11\x43\x61ncelJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus\"\x1f\n\x10ResumeJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"8\n\x11ResumeJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus2\xa6\x03\n\rTuningService\x12\x44\n\tSubmitJob\x12\x1a.tuner.v1.SubmitJobRequest\x1a\x1b.tuner.v1.SubmitJobResponse\x12;\n\x06GetJob\x12\x17.tuner.v1.GetJobRequest\x1a\x18.tuner.v1.GetJobResponse\x12\x41\n\x08ListJobs\x12\x19.tuner.v1.ListJobsRequest\x1a\x1a.tuner.v1.ListJobsResponse\x12\x43\n\x08WatchJob\x12\x19.tuner.v1.WatchJobRequest\x1a\x1a.tuner.v1.WatchJobResponse0\x01\x12\x44\n\tCancelJob\x12\x1a.tuner.v1.CancelJobRequest\x1a\x1b.tuner.v1.CancelJobResponse\x12\x44\n\tResumeJob\x12\x1a.tuner.v1.ResumeJobRequest\x1a\x1b.tuner.v1.ResumeJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tuner/v1/tuning.proto\x12\x08tuner.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16tuner/v1/records.proto\"_\n\x08TaskSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x08workload\x18\x02 \x01(\x0b\x32\x12.tuner.v1.Workload\x12\x0e\n\x06weight\x18\x03 \x01(\x05\x12\x0f\n\x07tunable\x18\x04 \x01(\x08\"J\n\x11\x45valuatorSettings\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x0e\n\x06repeat\x18\x02 \x01(\x05\x12\x15\n\rmin_repeat_ms\x18\x03 \x01(\x05\"\xb1\x04\n\x07JobSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12lifted_module_zlib\x18\x03 \x01(\x0c\x12!\n\x05tasks\x18\x04 \x03(\x0b\x32\x12.tuner.v1.TaskSpec\x12\x13\n\x0btarget_json\x18\x05 \x01(\t\x12\x12\n\nsm_percent\x18\x06 \x01(\x05\x12\x0e\n\x06trials\x18\x07 \x01(\x05\x12\x0c\n\x04team\x18\x08 \x01(\t\x12.\n\tevaluator\x18\t \x01(\x0b\x32\x1b.tuner.v1.EvaluatorSettings\x12\x0f\n\x07refresh\x18\n \x01(\x08\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x12\n\nrequest_id\x18\x0c \x01(\t\x12)\n\x04tags\x18\r \x03(\x0b\x32\x1b.tuner.v1.JobSpec.TagsEntry\x12\x0e\n\x06layout\x18\x0e \x01(\t\x12\x1b\n\x0e\x65\x61rly_stopping\x18\x0f \x01(\x05H\x00\x88\x01\x01\x12\x1f\n\x12negligible_percent\x18\x10 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nexperience\x18\x11 \x01(\t\x12\x1e\n\x11\x62uild_cost_weight\x18\x12 \x01(\x01H\x02\x88\x01\x01\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_early_stoppingB\x15\n\x13_negligible_percentB\x14\n\x12_build_cost_weight\"\xd7\x03\n\nTaskStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x17\n\x0fworkload_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x05\x12\x0e\n\x06trials\x18\x06 \x01(\x05\x12\x0e\n\x06reused\x18\x07 \x01(\x05\x12\x0e\n\x06\x66\x61iled\x18\x08 \x01(\x05\x12 \n\x13\x62\x61seline_latency_us\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0f\x62\x65st_latency_us\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x08verified\x18\x0b \x01(\x08\x12\x10\n\x08instance\x18\x0c \x01(\t\x12\r\n\x05\x65rror\x18\r \x01(\t\x12\x15\n\rbest_trial_id\x18\x0e \x01(\t\x12\n\n\x02op\x18\x0f \x01(\t\x12\x34\n\x08\x66\x61ilures\x18\x10 \x03(\x0b\x32\".tuner.v1.TaskStatus.FailuresEntry\x12\x15\n\rstopped_early\x18\x11 \x01(\x08\x1a/\n\rFailuresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x42\x16\n\x14_baseline_latency_usB\x12\n\x10_best_latency_us\"\x8f\x05\n\tJobStatus\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x01(\t\x12\x13\n\x0btarget_json\x18\x05 \x01(\t\x12\x12\n\nsm_percent\x18\x06 \x01(\x05\x12\x10\n\x08sm_count\x18\x07 \x01(\x05\x12#\n\x05tasks\x18\x08 \x03(\x0b\x32\x14.tuner.v1.TaskStatus\x12 \n\x13\x62\x61seline_latency_us\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x10tuned_latency_us\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\routputs_match\x18\x0b \x01(\x08H\x02\x88\x01\x01\x12\x17\n\x0ftrials_measured\x18\x0c \x01(\x05\x12\x15\n\rtrials_failed\x18\r \x01(\x05\x12\x15\n\rtrials_reused\x18\x0e \x01(\x05\x12\x15\n\rtrials_budget\x18\x0f \x01(\x05\x12\x11\n\telapsed_s\x18\x10 \x01(\x01\x12\x14\n\x0ctrials_per_s\x18\x11 \x01(\x01\x12.\n\ncreated_at\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x13 \x01(\t\x12\x0c\n\x04team\x18\x14 \x01(\t\x12\r\n\x05phase\x18\x15 \x01(\t\x12\x14\n\x0c\x64\x65vice_model\x18\x16 \x01(\t\x12\x13\n\x0btvm_version\x18\x17 \x01(\t\x12\x10\n\x08instance\x18\x18 \x01(\t\x12\x14\n\x0c\x64\x65vice_uuids\x18\x19 \x03(\t\x12\x0e\n\x06layout\x18\x1a \x01(\tB\x16\n\x14_baseline_latency_usB\x13\n\x11_tuned_latency_usB\x10\n\x0e_outputs_match\"3\n\x10SubmitJobRequest\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.tuner.v1.JobSpec\" \n\x11SubmitJobResponse\x12\x0b\n\x03job\x18\x01 \x01(\t\"\x1c\n\rGetJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"5\n\x0eGetJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus\" \n\x0fListJobsRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\"5\n\x10ListJobsResponse\x12!\n\x04jobs\x18\x01 \x03(\x0b\x32\x13.tuner.v1.JobStatus\"\x1e\n\x0fWatchJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"H\n\x10WatchJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x1f\n\x10\x43\x61ncelJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"8\n\x11\x43\x61ncelJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus\"\x1f\n\x10ResumeJobRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"8\n\x11ResumeJobResponse\x12#\n\x06status\x18\x01 \x01(\x0b\x32\x13.tuner.v1.JobStatus2\xa6\x03\n\rTuningService\x12\x44\n\tSubmitJob\x12\x1a.tuner.v1.SubmitJobRequest\x1a\x1b.tuner.v1.SubmitJobResponse\x12;\n\x06GetJob\x12\x17.tuner.v1.GetJobRequest\x1a\x18.tuner.v1.GetJobResponse\x12\x41\n\x08ListJobs\x12\x19.tuner.v1.ListJobsRequest\x1a\x1a.tuner.v1.ListJobsResponse\x12\x43\n\x08WatchJob\x12\x19.tuner.v1.WatchJobRequest\x1a\x1a.tuner.v1.WatchJobResponse0\x01\x12\x44\n\tCancelJob\x12\x1a.tuner.v1.CancelJobRequest\x1a\x1b.tuner.v1.CancelJobResponse\x12\x44\n\tResumeJob\x12\x1a.tuner.v1.ResumeJobRequest\x1a\x1b.tuner.v1.ResumeJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,39 +42,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVALUATORSETTINGS']._serialized_start=189
   _globals['_EVALUATORSETTINGS']._serialized_end=263
   _globals['_JOBSPEC']._serialized_start=266
-  _globals['_JOBSPEC']._serialized_end=773
-  _globals['_JOBSPEC_TAGSENTRY']._serialized_start=688
-  _globals['_JOBSPEC_TAGSENTRY']._serialized_end=731
-  _globals['_TASKSTATUS']._serialized_start=776
-  _globals['_TASKSTATUS']._serialized_end=1247
-  _globals['_TASKSTATUS_FAILURESENTRY']._serialized_start=1156
-  _globals['_TASKSTATUS_FAILURESENTRY']._serialized_end=1203
-  _globals['_JOBSTATUS']._serialized_start=1250
-  _globals['_JOBSTATUS']._serialized_end=1905
-  _globals['_SUBMITJOBREQUEST']._serialized_start=1907
-  _globals['_SUBMITJOBREQUEST']._serialized_end=1958
-  _globals['_SUBMITJOBRESPONSE']._serialized_start=1960
-  _globals['_SUBMITJOBRESPONSE']._serialized_end=1992
-  _globals['_GETJOBREQUEST']._serialized_start=1994
-  _globals['_GETJOBREQUEST']._serialized_end=2022
-  _globals['_GETJOBRESPONSE']._serialized_start=2024
-  _globals['_GETJOBRESPONSE']._serialized_end=2077
-  _globals['_LISTJOBSREQUEST']._serialized_start=2079
-  _globals['_LISTJOBSREQUEST']._serialized_end=2111
-  _globals['_LISTJOBSRESPONSE']._serialized_start=2113
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2166
-  _globals['_WATCHJOBREQUEST']._serialized_start=2168
-  _globals['_WATCHJOBREQUEST']._serialized_end=2198
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2200
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2272
-  _globals['_CANCELJOBREQUEST']._serialized_start=2274
-  _globals['_CANCELJOBREQUEST']._serialized_end=2305
-  _globals['_CANCELJOBRESPONSE']._serialized_start=2307
-  _globals['_CANCELJOBRESPONSE']._serialized_end=2363
-  _globals['_RESUMEJOBREQUEST']._serialized_start=2365
-  _globals['_RESUMEJOBREQUEST']._serialized_end=2396
-  _globals['_RESUMEJOBRESPONSE']._serialized_start=2398
-  _globals['_RESUMEJOBRESPONSE']._serialized_end=2454
-  _globals['_TUNINGSERVICE']._serialized_start=2457
-  _globals['_TUNINGSERVICE']._serialized_end=2879
+  _globals['_JOBSPEC']._serialized_end=827
+  _globals['_JOBSPEC_TAGSENTRY']._serialized_start=720
+  _globals['_JOBSPEC_TAGSENTRY']._serialized_end=763
+  _globals['_TASKSTATUS']._serialized_start=830
+  _globals['_TASKSTATUS']._serialized_end=1301
+  _globals['_TASKSTATUS_FAILURESENTRY']._serialized_start=1210
+  _globals['_TASKSTATUS_FAILURESENTRY']._serialized_end=1257
+  _globals['_JOBSTATUS']._serialized_start=1304
+  _globals['_JOBSTATUS']._serialized_end=1959
+  _globals['_SUBMITJOBREQUEST']._serialized_start=1961
+  _globals['_SUBMITJOBREQUEST']._serialized_end=2012
+  _globals['_SUBMITJOBRESPONSE']._serialized_start=2014
+  _globals['_SUBMITJOBRESPONSE']._serialized_end=2046
+  _globals['_GETJOBREQUEST']._serialized_start=2048
+  _globals['_GETJOBREQUEST']._serialized_end=2076
+  _globals['_GETJOBRESPONSE']._serialized_start=2078
+  _globals['_GETJOBRESPONSE']._serialized_end=2131
+  _globals['_LISTJOBSREQUEST']._serialized_start=2133
+  _globals['_LISTJOBSREQUEST']._serialized_end=2165
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2167
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2220
+  _globals['_WATCHJOBREQUEST']._serialized_start=2222
+  _globals['_WATCHJOBREQUEST']._serialized_end=2252
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2254
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2326
+  _globals['_CANCELJOBREQUEST']._serialized_start=2328
+  _globals['_CANCELJOBREQUEST']._serialized_end=2359
+  _globals['_CANCELJOBRESPONSE']._serialized_start=2361
+  _globals['_CANCELJOBRESPONSE']._serialized_end=2417
+  _globals['_RESUMEJOBREQUEST']._serialized_start=2419
+  _globals['_RESUMEJOBREQUEST']._serialized_end=2450
+  _globals['_RESUMEJOBRESPONSE']._serialized_start=2452
+  _globals['_RESUMEJOBRESPONSE']._serialized_end=2508
+  _globals['_TUNINGSERVICE']._serialized_start=2511
+  _globals['_TUNINGSERVICE']._serialized_end=2933
 # @@protoc_insertion_point(module_scope)

@@ -33,7 +33,7 @@ class EvaluatorSettings(_message.Message):
     def __init__(self, number: _Optional[int] = ..., repeat: _Optional[int] = ..., min_repeat_ms: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("model", "model_digest", "lifted_module_zlib", "tasks", "target_json", "sm_percent", "trials", "team", "evaluator", "refresh", "seed", "request_id", "tags", "layout", "early_stopping", "negligible_percent", "experience")
+    __slots__ = ("model", "model_digest", "lifted_module_zlib", "tasks", "target_json", "sm_percent", "trials", "team", "evaluator", "refresh", "seed", "request_id", "tags", "layout", "early_stopping", "negligible_percent", "experience", "build_cost_weight")
     class TagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class JobSpec(_message.Message):
     EARLY_STOPPING_FIELD_NUMBER: _ClassVar[int]
     NEGLIGIBLE_PERCENT_FIELD_NUMBER: _ClassVar[int]
     EXPERIENCE_FIELD_NUMBER: _ClassVar[int]
+    BUILD_COST_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_digest: str
     lifted_module_zlib: bytes
@@ -75,7 +76,8 @@ class JobSpec(_message.Message):
     early_stopping: int
     negligible_percent: float
     experience: str
-    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: bool = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ..., layout: _Optional[str] = ..., early_stopping: _Optional[int] = ..., negligible_percent: _Optional[float] = ..., experience: _Optional[str] = ...) -> None: ...
+    build_cost_weight: float
+    def __init__(self, model: _Optional[str] = ..., model_digest: _Optional[str] = ..., lifted_module_zlib: _Optional[bytes] = ..., tasks: _Optional[_Iterable[_Union[TaskSpec, _Mapping]]] = ..., target_json: _Optional[str] = ..., sm_percent: _Optional[int] = ..., trials: _Optional[int] = ..., team: _Optional[str] = ..., evaluator: _Optional[_Union[EvaluatorSettings, _Mapping]] = ..., refresh: bool = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ..., layout: _Optional[str] = ..., early_stopping: _Optional[int] = ..., negligible_percent: _Optional[float] = ..., experience: _Optional[str] = ..., build_cost_weight: _Optional[float] = ...) -> None: ...
 
 class TaskStatus(_message.Message):
     __slots__ = ("name", "state", "workload_digest", "description", "weight", "trials", "reused", "failed", "baseline_latency_us", "best_latency_us", "verified", "instance", "error", "best_trial_id", "op", "failures", "stopped_early")
