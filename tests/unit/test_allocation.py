@@ -14,7 +14,10 @@ from tuner_core.allocation.budget import MIN_TRIALS, negligible_tasks
 from tuner_core.allocation.options import negligible_share_of, stopping_of
 from tuner_core.allocation.stopping import EarlyStopping, weighted_latency_us
 from tuner_core.errors import UsageError
-from tuner_core.leases.state import LeaseSettings
+from tuner_core.leases import messages as lease_messages
+from tuner_core.leases.machine import LeaseMachine
+from tuner_core.leases.state import LeaseSettings, TaskHistory
+from tuner_core.leases.state import TaskPlan as LeasePlan
 from tuner_core.model import JobState, TaskState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_server.scheduler import messages as m
@@ -130,6 +133,19 @@ def test_tasks_that_hardly_matter_get_no_trials(seed: int) -> None:
         assert "0.5 %" in task.error
 
 
+def test_a_repeated_job_with_negligible_tasks_measures_nothing() -> None:
+    plans = [TaskPlan(f"t{n}", 1, True) for n in range(5)]
+    machine = JobMachine(plans, 400, Limits(batch=8), negligible_share=0.005)
+    trials = tuple(m.KnownTrial(f"c{n}", 5.0 + n) for n in range(100))
+    known = {n: m.Known(trials, best_verified=trials[0], baseline=m.KnownTrial("f", 10.0**n)) for n in range(1, 5)} | {
+        0: m.Known(baseline=m.KnownTrial("f", 1.0))
+    }
+    engine = SimulatedEngine(machine)
+    assert engine.run(known).state is JobState.DONE
+    assert engine.measured.total() == 0
+    assert machine.tasks[0].state is TaskState.SKIPPED
+
+
 def sharded(settings: LeaseSettings, us: dict[str, float], trials: int, seed: int) -> World:
     """A job on two instances; whatever the schedule, a task takes as long as its baseline."""
     tasks = [ReplayTask(name, name, 1, True, latency, (latency,) * 500) for name, latency in us.items()]
@@ -163,3 +179,16 @@ def test_a_sharded_job_leases_no_trials_of_tasks_that_hardly_matter(seed: int) -
     assert sum(len(task.counted) for task in board.tasks.values()) == 300
     everything = sharded(LeaseSettings(), us, 300, seed).machine.board
     assert all(len(task.counted) >= MIN_TRIALS for task in everything.tasks.values())
+
+
+def test_a_repeated_sharded_job_with_negligible_tasks_leases_nothing() -> None:
+    known = {
+        "a": TaskHistory(reused=300, best_us=5.0, baseline_us=900.0, published_us=5.0, published_id="p"),
+        "b": TaskHistory(baseline_us=2.0),
+    }
+    plans = [LeasePlan("a", 1, True, 900.0), LeasePlan("b", 1, True, 2.0)]
+    for share, expected in ((0.0, 150), (0.005, 0)):
+        machine = LeaseMachine(plans, 300, LeaseSettings(negligible_share=share), known=known)
+        machine.handle(lease_messages.InstanceJoined(0.0, "one", "1", 1, 8))
+        board = machine.board
+        assert board.unassigned + sum(task.new_trials for task in board.tasks.values()) == expected

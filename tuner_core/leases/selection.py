@@ -38,6 +38,7 @@ def take_in(board: Board, trials: int, known: Mapping[str, TaskHistory]) -> None
             task.chosen, task.verified = True, True
             task.state = TaskState.FALLBACK if have.published_fallback else TaskState.TUNED
         histories.append(budget.TaskHistory(task.known, task.settled))
+    board.trials = trials
     board.unassigned = budget.new_trials(trials, histories)
     board.fair_trials = max(budget.MIN_TRIALS, trials // max(1, len(histories)))
 
@@ -97,6 +98,12 @@ def _negligible(board: Board, light: list[TaskLedger], out: list[m.Instruction])
         task.error = budget.negligible_reason(share)
     if dropped:
         out.append(m.Say(budget.negligible_line(len(dropped), share)))
+        tuned = [task for task in board.tasks.values() if task.plan.tunable and task not in dropped]
+        before = [budget.TaskHistory(task.produced[""], task.settled) for task in tuned]
+        given = sum(task.new_trials for task in tuned)
+        given += sum(task.awaited.set_aside for task in tuned if task.awaited is not None)
+        allowed = budget.new_trials(board.trials, before) - given
+        board.unassigned = min(board.unassigned, max(0, allowed))  # a repeated job still measures nothing
     return dropped
 
 

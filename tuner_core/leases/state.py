@@ -294,6 +294,7 @@ class Board:
 
     Attributes:
         epoch: How often the job was taken up by a client.
+        trials: The whole job's budget.
         unassigned: Trials of the budget that are in no lease and have not been counted.
         joined: An instance has joined, now or before.
         chosen: It is decided which tasks get trials.
@@ -304,6 +305,7 @@ class Board:
     settings: LeaseSettings
     instances: dict[str, InstanceState] = field(default_factory=dict)
     epoch: int = 1
+    trials: int = 0
     unassigned: int = 0
     fair_trials: int = 0
     now_s: float = 0.0

@@ -239,6 +239,10 @@ class JobMachine:
             task.error = negligible_reason(self._negligible_share)
         if dropped:
             out.append(m.Say(negligible_line(len(dropped), self._negligible_share)))
+            tuned = [t for t in self.tasks if t.plan.tunable and t not in dropped]
+            allowed = new_trials(self.trials, [TaskHistory(len(t.known), t.published is not None) for t in tuned])
+            given = sum(task.new_trials + task.set_aside for task in self.tasks)
+            self.unassigned = min(self.unassigned, max(0, allowed - given))  # a repeated job still measures nothing
 
     # Search
 
