@@ -52,7 +52,7 @@ def jobs_of_workloads(url: str) -> dict[str, set[str]]:
 def test_every_operator_is_tuned_by_one_of_two_jobs_and_both_get_it_though_a_lease_moves(
     redis: RedisServer, servers: Fleet
 ) -> None:
-    first, both, second = (servers.add(store=redis.url) for _ in range(3))
+    first, both, second = (servers.add(store=redis.url, trial_s=0.1) for _ in range(3))
     scripts = [Script((10, lambda: first.signal(signal.SIGKILL))), Script()]  # what it held moves within its job
     places = [[first, both], [both, second]]
 
@@ -72,7 +72,7 @@ def test_every_operator_is_tuned_by_one_of_two_jobs_and_both_get_it_though_a_lea
         assert one.best_trial_id == other.best_trial_id != "" and one.best_latency_us == other.best_latency_us
         taken = one if one.state is TaskState.REUSED else other
         assert (taken.trials, taken.verified) == (0, True) and taken.reused > 0 and taken.baseline_latency_us
-    assert sum(report.measured for report in reports) <= TRIALS  # the shares of what the other tuned were saved
+    assert all(report.measured <= TRIALS for report in reports) and any(report.measured < TRIALS for report in reports)
     for number, report in enumerate(reports):  # and build finds everything in its own client's store
         gathered = {
             record.trial_id for record in records_of(f"sqlite:///{servers.folder}/client{number}/records.sqlite", "")
@@ -83,7 +83,7 @@ def test_every_operator_is_tuned_by_one_of_two_jobs_and_both_get_it_though_a_lea
 def test_a_job_whose_holder_dies_goes_on_from_its_records_and_a_third_finds_everything_done(
     redis: RedisServer, servers: Fleet
 ) -> None:
-    doomed = servers.add(store=redis.url, claim_ttl_s=TTL_S)
+    doomed = servers.add(store=redis.url, claim_ttl_s=TTL_S, trial_s=0.5)
     other = servers.add(store=redis.url, claim_ttl_s=TTL_S)
     waiting = Script()
 
@@ -92,21 +92,21 @@ def test_a_job_whose_holder_dies_goes_on_from_its_records_and_a_third_finds_ever
         return tuner.drive(replay_spec(1, 80), FACTS)
 
     with ThreadPoolExecutor(1) as clients:
-        second = None
+        begun = []
 
         def begin_second() -> None:
-            nonlocal second
-            second = clients.submit(wait_for_it)
+            begun.append(clients.submit(wait_for_it))
 
-        def kill_when_awaited() -> None:
-            assert second is not None
-            doomed.signal(signal.SIGKILL)
+        class KillWhenAwaited(Script):
+            def job(self, report: JobReport, message: str = "") -> None:
+                super().job(report, message)
+                if waiting.said("tunes operators of this model"):
+                    doomed.signal(signal.SIGKILL)
 
-        script = Script((8, begin_second), (24, kill_when_awaited))
+        script = KillWhenAwaited((8, begin_second))
         given_up = servers.tuner(script, servers=[doomed], client="dying", wait_s=0).drive(replay_spec(1, 80), FACTS)
-        assert given_up.status == "partly" and given_up.measured >= 24
-        assert second is not None
-        taken_over = second.result(60)
+        assert given_up.status == "partly" and 8 <= given_up.measured < 80
+        taken_over = begun[0].result(60)
     (task,) = taken_over.tasks
     assert (taken_over.status, task.state, task.verified) == ("done", TaskState.TUNED, True)
     assert waiting.said(f"{given_up.job} tunes operators of this model")

@@ -29,7 +29,7 @@ def servers(tmp_path: Path) -> Fleet:
         cert, key = certificate(tmp_path)
         for team, token in TOKENS.items():
             (tmp_path / team).write_text(token)
-            found.add(tls_cert=str(cert), tls_key=str(key), tokens={token: team}, trial_s=0.1)
+            found.add(tls_cert=str(cert), tls_key=str(key), tokens={token: team}, trial_s=0.5)
         yield found
 
 
@@ -94,6 +94,7 @@ def test_a_job_over_servers_with_tls_and_tokens_is_listed_watched_cancelled_and_
     assert len(kept) >= sharded_job(data, job).measured > before
 
     for server in servers.servers:
+        server.settings["trial_s"] = 0.02
         server.restart()
     watched = client_on_terminal("resume", job, "--heartbeat-s", "1", *secure, data_dir=data)
     assert watched.exit_code == 0, watched.output
