@@ -39,11 +39,11 @@ BEFORE = {"lowering": "lowering, all passes", "nvrtc": "nvrtc, as written"}
 
 @dataclass
 class Costs:
-    """Core-seconds of one candidate by stage; ``refused`` when it has too many statements."""
+    """Core-seconds of one candidate by stage; ``failed`` when it cannot be built, or has too many statements."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     statements: int = 0
-    refused: bool = False
+    failed: bool = False
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -147,8 +147,7 @@ def build(body: str, trace: str, folder: Path, number: int) -> Costs:
     def callback(source: str) -> bytes:
         costs.statements = source.count(";")
         if costs.statements > cuda_build.MAX_STATEMENTS:
-            costs.refused = True
-            raise cuda_build.SourceTooLargeError("refused")
+            raise cuda_build.SourceTooLargeError(f"{costs.statements} statements")
         light = cuda_build.light_source(source) or source
 
         def new() -> bytes:
@@ -174,9 +173,9 @@ def build(body: str, trace: str, folder: Path, number: int) -> Costs:
         try:
             with costs.timed("code"):
                 library: Any = tir_to_runtime(host_mod, device_mods, host)
-        except Exception:
-            if not costs.refused:
-                raise
+        except Exception as error:  # NVRTC's comes out of TVM as a RuntimeError
+            costs.failed = True
+            print(f"  not built: {str(error).strip().splitlines()[-1][:100]}")
             return costs
         finally:  # the compiler runs inside
             costs.seconds["code"] -= costs.seconds.get("nvrtc", 0.0) + costs.seconds.get(BEFORE["nvrtc"], 0.0)
@@ -207,14 +206,14 @@ def draw(task: Workload, count: int, weight: float) -> tuple[list[tuple[str, lis
 
 
 def row_of(operator: str, choice: str, batch: str, costs: list[Costs]) -> dict[str, Any]:
-    """Figures of a group of candidates; those refused count with what they took until then."""
+    """Figures of a group of candidates; those that failed count with what they took until then."""
     names = [*STAGES, *BEFORE.values()]
     return {
         "operator": operator,
         "choice": choice,
         "batch": batch,
         "candidates": len(costs),
-        "refused": sum(one.refused for one in costs),
+        "failed": sum(one.failed for one in costs),
         "statements": quantiles([float(one.statements) for one in costs]),
         "core_s": quantiles([one.total for one in costs]),
         "core_s_before": quantiles([one.before for one in costs]),

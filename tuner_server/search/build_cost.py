@@ -21,7 +21,7 @@ UNROLLED_ANYWAY = 32
 """Statements up to which the device's compiler unrolls loops that TVM has left alone."""
 _UNROLL = "meta_schedule.unroll_explicit"
 _VIRTUAL = "vthread"
-_REGARDLESS = 0.25
+_REGARDLESS = 0.1
 """Share of random points for which the cost plays no part: no region is left unseen for being expensive."""
 
 
