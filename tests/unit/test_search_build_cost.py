@@ -40,10 +40,10 @@ def point(accumulators: int, inner: int, choice: int) -> Point:
 @pytest.mark.parametrize(
     ("accumulators", "inner", "choice", "statements"),
     [
-        (16, 8, 2, 16 + 128),  # 1024 is more than there is
-        (16, 8, 1, 16 + 64),
-        (16, 8, 0, 16 + 32),  # unrolled by the device's compiler
-        (4, 2, 2, 4 + 8),
+        (16, 8, 2, 4 * 16 + 128),  # 1024 is more than there is
+        (16, 8, 1, 4 * 16 + 64),
+        (16, 8, 0, 4 * 16 + 32),  # unrolled by the device's compiler
+        (4, 2, 2, 2 * 4 + 8),
     ],
 )
 def test_statements_are_accumulators_and_what_is_unrolled_over_them(
@@ -56,7 +56,7 @@ def test_statements_are_accumulators_and_what_is_unrolled_over_them(
 def test_a_limit_that_is_no_choice_counts_as_well() -> None:
     trace = [[*TRACE[0][:-2], ["Annotate", ["b0", 64], ["meta_schedule.unroll_explicit"], []]], TRACE[1][:2]]
     estimate = UnrolledStatements(DesignSpace(0, trace), trace[0])
-    assert estimate.of(((1, 2, 32, 8, 1), (4, 1, 8))) == 16 + 64
+    assert estimate.of(((1, 2, 32, 8, 1), (4, 1, 8))) == 4 * 16 + 64
 
 
 SPACE = DesignSpace(0, TRACE)

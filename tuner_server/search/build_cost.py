@@ -19,6 +19,8 @@ from tuner_server.search.space import DesignSpace, Point
 
 UNROLLED_ANYWAY = 32
 """Statements up to which the device's compiler unrolls loops that TVM has left alone."""
+ITERATIONS_UNROLLED_ANYWAY = 4
+"""Iterations of a sum for which it keeps all accumulators in registers, and so unrolls the loops over them."""
 _UNROLL = "meta_schedule.unroll_explicit"
 _VIRTUAL = "vthread"
 _REGARDLESS = 0.1
@@ -65,10 +67,11 @@ class UnrolledStatements:
         self._limit = _unroll_limit(space, instructions)
 
     def of(self, point: Point) -> float:
-        """Statements of a thread: one for each accumulator, and what is unrolled of the loops over them."""
+        """Statements of a thread: what TVM unrolls, and what the device's compiler unrolls of the loops it finds."""
         accumulators = _product(point, self._private)
-        unrolled = min(accumulators * _product(point, self._inner), max(self._limit(point), UNROLLED_ANYWAY))
-        return float(accumulators + unrolled)
+        inner = _product(point, self._inner)
+        unrolled = min(accumulators * inner, max(self._limit(point), UNROLLED_ANYWAY))
+        return float(accumulators * min(inner, ITERATIONS_UNROLLED_ANYWAY) + unrolled)
 
 
 def cheaper(candidates: Sequence[Located], cost: BuildCost, rng: random.Random) -> Located:
