@@ -36,7 +36,7 @@ def lower(mod: tvm.IRModule, target: Target) -> tuple[tvm.IRModule, dict[Target,
 
     Candidates are called with the arguments that their workload states; the checks, with their messages, are a
     third of the machine code of a small kernel and none of its run time. The names that subexpressions get are inlined
-    again by the last simplification of device code, which also repeats an earlier one: half of the lowering is saved.
+    again by the last simplification of device code, which also repeats an earlier one: a fifth to two fifths are saved.
 
     Returns:
         Host functions, device functions by target, and the host's target.

@@ -2,7 +2,8 @@
 
 On a GPU the compiler's time goes with the statements that a kernel has after unrolling: by TVM up to the limit that was
 sampled, and by the compiler itself where TVM leaves short loops alone. Over 119 random candidates of five operators the
-estimate ranks the core-seconds of a build with a correlation of 0.6 to 0.8 (Spearman's, by operator), the number of
+estimate ranks the core-seconds of a build with a correlation of 0.6 to 0.8 (Spearman's, by operator; its form was
+chosen on the same candidates), the number of
 statements in the generated source, which is known only after lowering, with 0.6 to 0.95.
 """
 
