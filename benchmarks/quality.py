@@ -53,13 +53,16 @@ def stock_runs(
         "tasks": [task.document() for task in tasks],
     }
     runs: list[dict[str, Any]] = run_script("stock.py", document, environment)["runs"]
-    for run in runs:
-        if missing := {task.name for task in tasks} - set(run["best"]):
-            why = {trial["error"] for trial in run["trials"] if trial["task"] in missing}
-            sys.exit(
-                f"error: stock found no valid schedule for {', '.join(sorted(missing))}: {why or 'no trial at all'}"
-            )
     return runs
+
+
+def failure(run: Mapping[str, Any], tasks: Sequence[BenchTask]) -> str:
+    """Why a run of stock's has no winner for every task; empty when it has."""
+    missing = {task.name for task in tasks} - set(run["best"])
+    if not missing:
+        return ""
+    why = {str(trial["error"]) for trial in run["trials"] if trial["task"] in missing}
+    return f"no valid schedule for {', '.join(sorted(missing))}: {', '.join(sorted(why)) or 'no trial at all'}"
 
 
 def service_run(
@@ -88,7 +91,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     seeds = len(rows[0]["us"]["stock"])
     print(
         f"\n{'latency, measured alike, us':<44}{'side':<10}"
-        + "".join(f"{'seed ' + str(n + 1):>10}" for n in range(seeds))
+        + "".join(f"{'run ' + str(n + 1):>10}" for n in range(seeds))
     )
     for row in rows:
         for side, values in row["us"].items():
@@ -135,6 +138,14 @@ def main() -> None:
     print(f"stock ms.tune_tasks, {len(seeds)} seeds ...", flush=True)
     stock = stock_runs(tasks, target, arguments.trials, seeds, environment)
 
+    troubles = {seed: why for seed, run in zip(seeds, stock, strict=True) if (why := failure(run, tasks))}
+    for seed, why in troubles.items():
+        print(f"seed {seed} is left out on both sides: stock found {why}", file=sys.stderr)
+    if len(troubles) == len(seeds):
+        sys.exit("error: stock found no schedules with any seed; its builds need a quiet machine (NOTES.md)")
+    kept = [number for number, seed in enumerate(seeds) if seed not in troubles]
+    seeds, stock, ours = [seeds[n] for n in kept], [stock[n] for n in kept], [ours[n] for n in kept]
+
     print("measuring the winners side by side ...", flush=True)
     traces: Winners = {task.name: {} for task in tasks}
     for task in tasks:
@@ -178,6 +189,7 @@ def main() -> None:
         directory=arguments.results,
         trials_per_task=arguments.trials,
         seeds=seeds,
+        left_out={str(seed): why for seed, why in troubles.items()},
         alone=arguments.alone,
         target=target,
         server_arguments=for_server,

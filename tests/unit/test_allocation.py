@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.replay.instance import ReplayInstance
 from tests.replay.source import ReplayTask
 from tests.replay.world import World
 from tests.unit.test_scheduler_machine import SimulatedEngine
+from tuner_client.job import job_report
+from tuner_client.render.tasks import final_view
 from tuner_core.allocation.budget import MIN_TRIALS, negligible_tasks
 from tuner_core.allocation.options import negligible_share_of, stopping_of
 from tuner_core.allocation.stopping import EarlyStopping, weighted_latency_us
@@ -192,3 +196,16 @@ def test_a_repeated_sharded_job_with_negligible_tasks_leases_nothing() -> None:
         machine.handle(lease_messages.InstanceJoined(0.0, "one", "1", 1, 8))
         board = machine.board
         assert board.unassigned + sum(task.new_trials for task in board.tasks.values()) == expected
+
+
+def test_the_table_and_the_json_say_which_operators_were_stopped() -> None:
+    status = tuning_pb2.JobStatus(job="j", status="done", trials_budget=400, trials_measured=150)
+    status.tasks.add(name="a", description="conv", state="tuned", trials=140, stopped_early=True)
+    status.tasks.add(name="b", description="dense", state="tuned", trials=10)
+    report = job_report(status)
+    assert [task["stopped_early"] for task in report.document()["tasks"]] == [True, False]
+    console = Console(width=120, file=io.StringIO())
+    console.print(final_view(report))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "140, stopped" in text and "10, stopped" not in text
+    assert "1 operator stopped early, 250 of the budget not needed" in text
