@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tuner_client.embedded import EmbeddedServer, connect_or_start
-from tuner_core.errors import TunerError
+from tuner_core.errors import TunerError, UnavailableError
 from tuner_core.transport import channel as transport
 from tuner_core.transport.options import ConnectionOptions, read_token
 
@@ -79,6 +79,11 @@ class Connection:
         return self._server is not None
 
     @property
+    def lost(self) -> bool:
+        """Whether the data directory's server is gone, and none has been started in its place."""
+        return self._channel is None
+
+    @property
     def channel(self) -> grpc.Channel:
         """The gRPC channel."""
         assert self._channel is not None
@@ -86,10 +91,12 @@ class Connection:
 
     def call(self, method: Callable[..., Any], request: Any, timeout_s: float = transport.DEADLINE_S) -> Any:
         """One unary call; see :func:`tuner_core.transport.channel.call`."""
+        self._check_not_lost()
         return transport.call(method, request, address=self.address, timeout_s=timeout_s)
 
     def stream(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
         """One server stream; see :func:`tuner_core.transport.channel.stream`."""
+        self._check_not_lost()
         return transport.stream(method, request, address=self.address)
 
     def reopen(self) -> bool:
@@ -109,6 +116,10 @@ class Connection:
         self.close()
         self._open()
         return True
+
+    def _check_not_lost(self) -> None:
+        if self.lost:
+            raise UnavailableError(f"the server at {self.address} is gone")
 
     def death(self, *, settle_s: float = 0.0) -> str | None:
         """How this connection's own server ended, None while it runs or when it is not ours.

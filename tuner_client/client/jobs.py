@@ -182,7 +182,7 @@ class JobClient(ModelClient):
             report = self.job(job, timeout_s=2.0)
         if report.ended:
             return report
-        if not self.connection.embedded:
+        if not self.connection.embedded and not self.connection.lost:
             return dataclasses.replace(report, status=DETACHED)
         with self._progress.step("saving the job"):
             self.close()
