@@ -72,3 +72,17 @@ def model_json() -> tuple[str, str]:
             second = builder.emit_output(relax.call_tir(var, (first, b), shape))
         builder.emit_func_output(second)
     return tvm.ir.save_json(builder.get()), workload.digest
+
+
+def slow_to_build(stages: int = 200) -> Workload:
+    """A chain of small operators: some seconds of lowering and code generation."""
+    te = _te()
+    first = te.placeholder((16, 16), name="x")
+
+    def stage(values: Any) -> Any:
+        return te.compute((16, 16), lambda i, j: te.sin(values[i, j]) * te.exp(values[j, i]))
+
+    last = first
+    for _ in range(stages):
+        last = stage(last)
+    return _workload([first, last])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.integration.process_state import until
-from tests.integration.small_workloads import LLVM, copy_of, forbidden, matmul, model_json
+from tests.integration.small_workloads import LLVM, copy_of, forbidden, matmul, model_json, slow_to_build
 from tuner_core.compiler.trace import apply_trace
 from tuner_core.compiler.workload import module_from_body
 from tuner_core.model import FailureKind, Workload
@@ -25,6 +25,8 @@ from tuner_server.build.pool import Artifact, BuildPool
 from tuner_server.processes.spawner import Spawner
 from tuner_server.search.pool import SearchPool
 from tuner_server.trial import TrialFailed
+
+UNSCHEDULED = "[[],[]]"
 
 
 @pytest.fixture(scope="module")
@@ -130,21 +132,16 @@ def test_a_build_over_its_deadline_is_killed_and_the_next_one_works(
 
 
 def test_a_build_over_its_processor_time_is_ended_and_the_next_one_works(
-    runner: asyncio.Runner, spawner: Spawner, tmp_path: Path, traces: list[str]
+    runner: asyncio.Runner, spawner: Spawner, tmp_path: Path
 ) -> None:
     async def check() -> None:
-        pool = BuildPool(spawner, 1, tmp_path, cpu_limit_s=0)
-        failures = []
-        for _ in range(100):  # the kernel counts whole seconds
-            try:
-                pool.release(await pool.build(matmul(), traces[0], LLVM))
-            except TrialFailed as failure:
-                failures.append(failure)
-                break
-        assert failures[0].kind is FailureKind.BUILD_TIMEOUT
-        assert "processor time" in str(failures[0])
-        pool._cpu_limit_s = 30
-        assert (await pool.build(matmul(), traces[0], LLVM)).path.exists()
+        pool = BuildPool(spawner, 1, tmp_path, cpu_limit_s=0)  # up to the next whole second of the process's life
+        workload = slow_to_build()
+        with pytest.raises(TrialFailed, match="processor time") as failed:
+            await pool.build(workload, UNSCHEDULED, LLVM)
+        assert failed.value.kind is FailureKind.BUILD_TIMEOUT
+        pool._cpu_limit_s = 60
+        assert (await pool.build(workload, UNSCHEDULED, LLVM)).path.exists()
         await pool.stop()
 
     runner.run(check())

@@ -73,13 +73,37 @@ def test_siblings_are_twins_when_their_limits_of_unrolling_change_nothing(target
     assert found[True] and found[False]
 
 
-def test_a_session_returns_no_twins() -> None:
-    from tuner_server.search.session import SearchSession
+def test_a_session_returns_no_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
 
-    session = SearchSession(matmul(32).body, CUDA, SearchSettings(epsilon=0.0), seed=1)
-    for _ in range(3):
-        session.report([KnownTrial(trace, 100.0 + len(trace) % 7) for trace in session.generate(16)])
-    assert session.rejections.get("twin", 0) > 0
+    import tvm_ffi
+    from tvm.target import Target
+
+    from tuner_core.compiler.trace import apply_trace
+    from tuner_core.compiler.workload import module_from_body
+    from tuner_server.build.lowering import lower
+    from tuner_server.search.session import SearchSession
+    from tuner_server.search.twins import Twins
+
+    workload, target = matmul(32), Target(json.loads(CUDA))
+
+    def codes() -> list[int]:
+        session = SearchSession(workload.body, CUDA, SearchSettings(epsilon=0.0), seed=1)
+        found = []
+        for _ in range(3):
+            traces = session.generate(16)
+            session.report([KnownTrial(trace, 100.0 + len(trace) % 7) for trace in traces])
+            for trace in traces:
+                with target:
+                    _, devices, _ = lower(apply_trace(module_from_body(workload.body), trace).mod, target)
+                found += [tvm_ffi.structural_hash(device) for device in devices.values()]
+        return found
+
+    with_them = codes()
+    assert len(set(with_them)) == len(with_them) == 48
+    monkeypatch.setattr(Twins, "has", lambda *_arguments, **_more: False)
+    without = codes()
+    assert len(set(without)) < len(without)  # this search would come upon some
 
 
 @pytest.mark.parametrize("target", [LLVM, CUDA], ids=["cpu", "cuda"])

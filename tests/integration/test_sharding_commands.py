@@ -61,7 +61,18 @@ def test_a_job_over_servers_with_tls_and_tokens_is_listed_watched_cancelled_and_
     wrong = client("servers", *addresses(servers), "--tls-ca", secure[1], "--json", data_dir=data)
     assert wrong.returncode == 1 and wrong.stdout.count("wants a token") >= 2
 
-    tune = ("tune", str(model), "--trials", "300", *addresses(servers), "--heartbeat-s", "1", "--json")
+    tune = (
+        "tune",
+        str(model),
+        "--trials",
+        "300",
+        *addresses(servers),
+        "--heartbeat-s",
+        "1",
+        "--early-stopping",
+        "0",
+        "--json",
+    )
     tuning = start_client(*tune, *secure, data_dir=data)
     wait_for(lambda: measured(data, 8) or tuning.poll() is not None, 60)
     assert tuning.poll() is None, tuning.communicate()[1]
