@@ -6,13 +6,15 @@
 Everything is taken between the end of the first trial and the end of the last one: before, processes start; after,
 winners are checked. A worker is busy while it works on a request; for search and build, time for which they are stopped
 so that a measurement has the cores does not count, neither as busy nor as idle. The bottleneck is the stage with the
-largest busy share, and a pipeline is a good one when that is at least 90 %. The picture is an SVG beside the results.
+largest busy share, and a pipeline is a good one when that is at least 90 %. A stage has as many places as ever worked
+at once: a process that replaces another, or works in its turn, adds none. The picture is an SVG beside the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import html
+import itertools
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -55,7 +57,7 @@ class StageFigures:
     """One stage between the first and the last trial.
 
     Attributes:
-        busy: Busy share of its workers on average, 0 to 1.
+        busy: Busy share of its places on average, 0 to 1.
         workers: Busy share of each worker.
         slices: Requests that ended in that time.
         cpu_s: Processor seconds of the whole run.
@@ -98,7 +100,8 @@ def read(path: Path) -> tuple[list[Worker], dict[str, list[Interval]], float | N
     Args:
         path: What ``tuner-server --trace`` wrote.
     """
-    events = json.loads(path.read_text())
+    text = path.read_text()
+    events = json.loads(text if text.endswith("]") else text + "]")  # a killed server may leave it out
     stages = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     workers: dict[int, Worker] = {}
@@ -149,7 +152,7 @@ def analyse(workers: list[Worker], queues: dict[str, list[Interval]], server_cpu
                 length -= paused
             shares[worker.name] = busy / length if length > 0 else 0.0
         stages[stage] = StageFigures(
-            busy=sum(shares.values()) / len(shares),
+            busy=sum(shares.values()) / most_at_once([interval[:2] for one in of_stage for interval in one.slices]),
             workers=dict(sorted(shares.items())),
             slices=sum(window[0] <= end <= window[1] for worker in of_stage for _, end, _, _ in worker.slices),
             cpu_s=sum(about.get("cpu_s", 0.0) for worker in of_stage for *_, about in worker.slices),
@@ -158,16 +161,23 @@ def analyse(workers: list[Worker], queues: dict[str, list[Interval]], server_cpu
     if server_cpu_s is not None:
         cpu["server"] = server_cpu_s / len(ends)
     working = {stage: figures.busy for stage, figures in stages.items() if stage != "pause"}
+    measuring = [stages[stage].workers for stage in ("measure", "promotion") if stage in stages]
     return Figures(
         seconds=(window[1] - window[0]) / 1e6,
         trials=len(ends),
         stages=stages,
         bottleneck=max(working, key=working.__getitem__),
         waiting={name: _mean(points, window) for name, points in queues.items()},
-        partitions_busy=sum(stages[stage].busy for stage in ("measure", "promotion") if stage in stages),
+        partitions_busy=sum(map(sum, map(dict.values, measuring))) / len(set().union(*measuring)),
         server_cpu_s=server_cpu_s,
         cpu_s_per_trial=cpu,
     )
+
+
+def most_at_once(intervals: list[Interval]) -> int:
+    """The largest number of intervals that have a moment in common; where one ends and another begins, none."""
+    changes = sorted(change for begin, end in intervals for change in ((begin, 1), (end, -1)))
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 def overlap(first: list[Interval], second: list[Interval]) -> float:

@@ -41,6 +41,40 @@ def test_a_stage_is_busy_for_the_mean_of_its_workers_between_the_first_and_the_l
     assert figures.cpu_s_per_trial == {"build": 1.0, "server": 1.0}
 
 
+def test_a_process_that_works_in_the_place_of_another_makes_a_stage_no_less_busy() -> None:
+    figures = benchmark.analyse(
+        [
+            worker("measure", "measure-0", (90, 100), (190, 200)),
+            worker("build", "build-0", (0, 150), (170, 200)),
+            worker("build", "build-1", (0, 120)),
+            worker("build", "build-2", (120, 200)),  # which has replaced it
+            worker("build", "reference", (150, 170)),  # while build-0 waits
+        ],
+        {},
+        None,
+    )
+    assert figures.stages["build"].busy == pytest.approx(1.0)
+
+
+def test_partitions_that_promote_one_at_a_time_are_busy_for_their_mean() -> None:
+    figures = benchmark.analyse(
+        [
+            worker("measure", "measure-0", (0, 100), (199, 200)),
+            worker("measure", "measure-1", (0, 100), (100, 109), (199, 200)),
+            worker("promotion", "measure-0", (109, 149), what="measure"),
+        ],
+        {},
+        None,
+    )
+    assert figures.partitions_busy == pytest.approx((1 + 10 + 40) / 200)
+
+
+def test_a_trace_that_a_killed_server_left_without_its_last_bracket_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text('[\n{"ph":"M","name":"process_name","pid":1,"args":{"name":"build"}}   ')
+    assert benchmark.read(path) == ([], {}, None)
+
+
 def test_while_search_and_build_are_stopped_they_are_neither_busy_nor_idle() -> None:
     figures = benchmark.analyse(
         [
