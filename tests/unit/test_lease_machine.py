@@ -302,3 +302,31 @@ def test_a_job_that_goes_on_measures_only_what_is_missing() -> None:
     out = bench.accept(bench.join("a"))
     assert {one.task for one in out if isinstance(one, m.Warm)} == {"t1"}
     assert bench.machine.board.tasks["t0"].state is TaskState.TUNED
+
+
+def test_the_tasks_that_are_expected_to_cost_most_are_leased_first() -> None:
+    bench = Bench(tasks=8, trials=800)
+    out = bench.join("a")
+    first = [grant.task for grant in grants(out)]
+    assert first == [f"t{i}" for i in range(len(first))] and 1 <= len(first) < 8
+
+
+def test_trials_go_where_the_whole_job_gains_whichever_instance_a_task_began_at() -> None:
+    bench = Bench(tasks=2, trials=480)
+    bench.accept(bench.join("a"))
+    bench.accept(bench.join("b"))
+    latency_us = {"t0": 1000.0, "t1": 100.0}
+    measured = {"t0": 0, "t1": 0}
+    for _ in range(400):
+        tasks = bench.machine.board.tasks.values()
+        leases = [(task.plan.name, one) for task in tasks for one in task.leases.values() if one.outstanding]
+        for task, lease in leases:
+            latency_us[task] -= 1.0 if task == "t0" else 0.0  # the other stays as it is
+            measured[task] += 1
+            bench.accept(bench.measure(lease.instance, task, lease.token, 1, latency_us[task]))
+        ended = [one for one in bench.accept(bench.pass_time(0.125, "a", "b")) if isinstance(one, m.Revoke)]
+        for one in ended:
+            bench.accept(bench.feed(m.LeaseEnded, one.instance, one.task, one.token, "revoked"))
+    assert sum(measured.values()) >= 400
+    assert measured["t0"] > 2 * measured["t1"]
+    assert set(bench.machine.board.tasks["t0"].by_instance) == {"a", "b"}
