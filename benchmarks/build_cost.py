@@ -92,7 +92,7 @@ def operators() -> dict[str, Workload]:
 
 def stand_in_us(trace: str) -> float:
     """A latency for a candidate that nobody has measured: best at 64 accumulators and 256 threads."""
-    from tuner_server.search.registers import bound_loops
+    from tuner_server.search.tiling import bound_loops
 
     instructions, decisions = json.loads(trace)
     chosen = dict(decisions)

@@ -9,14 +9,13 @@ statements in the generated source, which is known only after lowering, with 0.6
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tuner_server.search.features import Located
-from tuner_server.search.registers import SPATIAL_LEVELS, bound_loops
 from tuner_server.search.space import DesignSpace, Point
+from tuner_server.search.tiling import SPATIAL_LEVELS, Place, bound_loops, iterations, tiled_loops
 
 UNROLLED_ANYWAY = 32
 """Statements up to which the device's compiler unrolls loops that TVM has left alone."""
@@ -45,32 +44,22 @@ class UnrolledStatements:
     """
 
     def __init__(self, space: DesignSpace, instructions: Sequence[Sequence[Any]]) -> None:
-        self._private: list[tuple[int, int]] = []
-        self._inner: list[tuple[int, int]] = []
+        self._private: list[Place] = []
+        self._inner: list[Place] = []
         bound = bound_loops(instructions)
-        knob_of_factor = {
-            output: (index, level)
-            for index, knob in enumerate(space.knobs)
-            if knob.levels
-            for level, output in enumerate(instructions[knob.position][3])
-        }
-        for kind, inputs, _attrs, outputs in instructions:
-            if kind != "Split":
+        for loop, place in tiled_loops(space, instructions):
+            if not bound.get(loop, _VIRTUAL).startswith(_VIRTUAL):
                 continue
-            for loop, factor in zip(outputs, inputs[1:], strict=True):
-                place = knob_of_factor.get(factor) if isinstance(factor, str) else None
-                if place is None or not bound.get(loop, _VIRTUAL).startswith(_VIRTUAL):
-                    continue
-                if space.knobs[place[0]].levels == SPATIAL_LEVELS:
-                    self._private.append(place)
-                elif place[1] > 0:  # the outermost loop holds barriers, and stays a loop
-                    self._inner.append(place)
+            if space.knobs[place[0]].levels == SPATIAL_LEVELS:
+                self._private.append(place)
+            elif place[1] > 0:  # the outermost loop holds barriers, and stays a loop
+                self._inner.append(place)
         self._limit = _unroll_limit(space, instructions)
 
     def of(self, point: Point) -> float:
         """Statements of a thread: what TVM unrolls, and what the device's compiler unrolls of the loops it finds."""
-        accumulators = _product(point, self._private)
-        inner = _product(point, self._inner)
+        accumulators = iterations(point, self._private)
+        inner = iterations(point, self._inner)
         unrolled = min(accumulators * inner, max(self._limit(point), UNROLLED_ANYWAY))
         return float(accumulators * min(inner, ITERATIONS_UNROLLED_ANYWAY) + unrolled)
 
@@ -102,8 +91,3 @@ def _unroll_limit(space: DesignSpace, instructions: Sequence[Sequence[Any]]) -> 
                 limits = [int(limit) for limit in sampled[2][0]]
                 return lambda point: limits[choice] if isinstance(choice := point[index], int) else 0
     return lambda _point: 0
-
-
-def _product(point: Point, places: Sequence[tuple[int, int]]) -> int:
-    factors = [(point[index], level) for index, level in places]
-    return math.prod(factor[level] for factor, level in factors if isinstance(factor, tuple))

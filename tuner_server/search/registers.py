@@ -8,15 +8,14 @@ never the fastest one, but such points take half of the compiler's time where po
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from tuner_server.search.space import DesignSpace, Point
+from tuner_server.search.tiling import SPATIAL_LEVELS, Place, bound_loops, iterations, tiled_loops
 
 REGISTERS_PER_THREAD = 255
 _REGISTER_BYTES = 4
-SPATIAL_LEVELS = 5  # of MetaSchedule's tiling for GPUs, SSSRRSRS; reduction loops have fewer
 _VIRTUAL = "vthread"
 
 
@@ -35,49 +34,23 @@ class RegisterLimits:
     def __init__(
         self, space: DesignSpace, instructions: Sequence[Sequence[Any]], value_bytes: int, per_block: int
     ) -> None:
-        self._threads: list[tuple[int, int]] = []
-        self._private: list[tuple[int, int]] = []
+        self._threads: list[Place] = []
+        self._private: list[Place] = []
         self._values_per_register = max(1, _REGISTER_BYTES // value_bytes)
         self._registers_per_value = max(1, value_bytes // _REGISTER_BYTES)
         self._per_block = per_block
         bound = bound_loops(instructions)
-        knob_of_factor = {
-            output: (index, level)
-            for index, knob in enumerate(space.knobs)
-            if knob.levels == SPATIAL_LEVELS
-            for level, output in enumerate(instructions[knob.position][3])
-        }
-        for kind, inputs, _attrs, outputs in instructions:
-            if kind != "Split":
+        for loop, place in tiled_loops(space, instructions):
+            if space.knobs[place[0]].levels != SPATIAL_LEVELS:
                 continue
-            for loop, factor in zip(outputs, inputs[1:], strict=True):
-                place = knob_of_factor.get(factor) if isinstance(factor, str) else None
-                if place is None:
-                    continue
-                if loop not in bound or bound[loop].startswith(_VIRTUAL):
-                    self._private.append(place)
-                elif bound[loop].startswith("threadIdx"):
-                    self._threads.append(place)
+            if loop not in bound or bound[loop].startswith(_VIRTUAL):
+                self._private.append(place)
+            elif bound[loop].startswith("threadIdx"):
+                self._threads.append(place)
 
     def allow(self, point: Point) -> bool:
         """Whether the point's accumulators fit into registers."""
-        values = _product(point, self._private)
+        values = iterations(point, self._private)
         registers = values * self._registers_per_value / self._values_per_register
-        limit = min(REGISTERS_PER_THREAD, self._per_block / _product(point, self._threads))
+        limit = min(REGISTERS_PER_THREAD, self._per_block / iterations(point, self._threads))
         return registers <= limit
-
-
-def bound_loops(instructions: Sequence[Sequence[Any]]) -> dict[str, str]:
-    """Loops that become blocks or threads, virtual ones too, with what they are bound to, seen through ``Fuse``."""
-    bound = {str(inputs[0]): str(attrs[0]) for kind, inputs, attrs, _ in instructions if kind == "Bind"}
-    for kind, inputs, _attrs, outputs in reversed(instructions):
-        if kind == "Fuse" and outputs[0] in bound:
-            bound.update({str(loop): bound[outputs[0]] for loop in inputs})
-    return bound
-
-
-def _product(point: Point, places: Sequence[tuple[int, int]]) -> int:
-    factors = [point[index] for index, _ in places]
-    return math.prod(
-        factor[level] for factor, (_, level) in zip(factors, places, strict=True) if isinstance(factor, tuple)
-    )

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuner_server.search.registers import SPATIAL_LEVELS, bound_loops
 from tuner_server.search.space import DesignSpace, Point
+from tuner_server.search.tiling import SPATIAL_LEVELS, Place, bound_loops, iterations
 
 _STAGES = "software_pipeline_stage"
 _SCOPE = "shared"
@@ -74,13 +74,13 @@ class _Copy:
     """
 
     access: Access
-    inside: tuple[tuple[tuple[int, int], ...], ...]
+    inside: tuple[tuple[Place, ...], ...]
     align: tuple[int, int, int] | None = None
     versions: int = 1
 
     def size(self, point: Point) -> int:
         """Bytes."""
-        tiles = [_product(point, places) for places in self.inside]
+        tiles = [iterations(point, places) for places in self.inside]
         shape = []
         for span in self.access.spans:
             if span.strides is None:
@@ -117,9 +117,9 @@ class SharedMemoryLimits:
         self._limit_bytes = limit_bytes
         self._loops = _TiledLoops(space, instructions)
         self._inputs: list[_Copy] = []
-        self._outputs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
+        self._outputs: list[tuple[int, tuple[Place, ...]]] = []
         self._dynamic = False
-        self._pipelined: list[tuple[tuple[int, int], ...]] = []
+        self._pipelined: list[tuple[Place, ...]] = []
         copies: dict[str, _Copy] = {}
         read_from: dict[str, str] = {}
         for kind, inputs, attrs, outputs in instructions:
@@ -153,12 +153,12 @@ class SharedMemoryLimits:
     def size(self, point: Point) -> int:
         """Bytes that a block of threads needs at least."""
         inputs = sum(copy.size(point) for copy in self._inputs)
-        outputs = sum(fragment * _product(point, places) for fragment, places in self._outputs)
+        outputs = sum(fragment * iterations(point, places) for fragment, places in self._outputs)
         return max(inputs, outputs) if self._dynamic else inputs + outputs
 
     def allow(self, point: Point) -> bool:
         """Whether the point's tiles fit, and its pipeline has something to overlap."""
-        if any(_product(point, places) < 2 for places in self._pipelined if places):
+        if any(iterations(point, places) < 2 for places in self._pipelined if places):
             return False
         return self.size(point) <= self._limit_bytes
 
@@ -170,7 +170,7 @@ class _TiledLoops:
         knobs = {instructions[knob.position][1][0]: index for index, knob in enumerate(space.knobs) if knob.levels}
         self.spatial = [index for index, knob in enumerate(space.knobs) if knob.levels == SPATIAL_LEVELS]
         self._knobs_of_block: dict[str, list[int | None]] = {}
-        self._place: dict[str, tuple[int, int]] = {}
+        self._place: dict[str, Place] = {}
         self._parts: dict[str, list[str]] = {}
         self._order: dict[str, int] = {}
         self._bound = bound_loops(instructions)
@@ -185,12 +185,12 @@ class _TiledLoops:
                 self._parts[outputs[0]] = list(inputs)
         self.threads = [place for loop, place in self._place.items() if self._bound.get(loop, "").startswith("thread")]
 
-    def places(self, loop: str) -> tuple[tuple[int, int], ...]:
+    def places(self, loop: str) -> tuple[Place, ...]:
         """The factors that a loop, perhaps a fused one, runs over; none when one of them is unknown."""
         parts = self._parts.get(loop, [loop])
         return tuple(self._place[part] for part in parts) if all(part in self._place for part in parts) else ()
 
-    def inside(self, block: str, loop: str) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def inside(self, block: str, loop: str) -> tuple[tuple[Place, ...], ...]:
         """For each loop of a block, its factors that lie inside a loop, those of all threads included."""
         if loop not in self._order or block not in self._knobs_of_block:
             return ()
@@ -204,12 +204,3 @@ class _TiledLoops:
             tuple(place for name, place in self._place.items() if place[0] == knob and covered(name))
             for knob in self._knobs_of_block[block]
         )
-
-
-def _product(point: Point, places: Sequence[tuple[int, int]]) -> int:
-    result = 1
-    for knob, level in places:
-        factors = point[knob]
-        if isinstance(factors, tuple):
-            result *= factors[level]
-    return result
