@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -38,6 +39,7 @@ EXACT = (
 _NARROW = 8
 # from so large a part of the groups on, sorting again costs less than moving each
 _RESORT = 16
+_FACTS_CACHED = 20_000
 _TEXTS_KEPT = 100_000
 _FAILED_US = float("inf")
 _TEXTS = (
@@ -358,6 +360,48 @@ class GroupIndex(Generic[G]):
         for name in _TEXTS:
             value = getattr(shared, name)
             object.__setattr__(shared, name, self._texts.setdefault(value, value))
+
+
+N = TypeVar("N", bound=Hashable)
+
+
+class SharedFacts(Generic[N, G]):
+    """What the records of groups have in common, by the group's name; of groups outside the index, too. Thread-safe.
+
+    Args:
+        index: Whose groups know it themselves.
+    """
+
+    def __init__(self, index: GroupIndex[G]) -> None:
+        self._index = index
+        self._lock = threading.Lock()
+        self._cached: OrderedDict[N, Record] = OrderedDict()
+
+    def of(self, names: Iterable[N], read: Callable[[list[N]], dict[N, Record]]) -> dict[N, Record]:
+        """By name.
+
+        Args:
+            names: Of the groups.
+            read: Reads those that are not known from the store; a group that was just deleted may be missing.
+        """
+        found: dict[N, Record] = {}
+        missing: list[N] = []
+        with self._lock:
+            for name in names:
+                group = self._index.get(name)
+                record = self._cached.get(name) if group is None else group.shared
+                if record is None:
+                    missing.append(name)
+                else:
+                    found[name] = record
+        if missing:
+            fresh = read(missing)
+            found |= fresh
+            with self._lock:
+                self._cached |= fresh
+                while len(self._cached) > _FACTS_CACHED:
+                    self._cached.popitem(last=False)
+        return found
 
 
 def _all_of(tests: Sequence[_Test]) -> _Test:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tuner_core.model import Record
-from tuner_core.store.groups import ArgsInfo, Change, Group, GroupIndex, Selection
+from tuner_core.store.groups import ArgsInfo, Change, Group, GroupIndex, Selection, SharedFacts
 from tuner_core.store.interface import RecordFilter
 from tuner_core.store.redis import entries
 from tuner_core.store.redis.connection import Connection
 
 _DEAD_WRITER_US = 30_000_000
-_FACTS_CACHED = 20_000
 
 
 class RedisGroup(Group):
@@ -51,7 +49,6 @@ class Catalogue:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.repair: Callable[[str], None] = lambda digest: None
-        self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
         self._started = 0
         self._change = 0
@@ -61,7 +58,7 @@ class Catalogue:
         self._stamps: dict[str, bytes] = {}
         self._args_info: dict[str, ArgsInfo] = {}
         self._index: GroupIndex[RedisGroup] = GroupIndex()
-        self._facts: OrderedDict[bytes, Record] = OrderedDict()
+        self._facts: SharedFacts[bytes, RedisGroup] = SharedFacts(self._index)
         self._named: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
     def synchronised(self) -> Catalogue:
@@ -102,26 +99,16 @@ class Catalogue:
 
     def shared(self, digest: str, names: Iterable[bytes]) -> dict[bytes, Record]:
         """What the records of groups of a workload have in common; a group that was just deleted is missing."""
-        found: dict[bytes, Record] = {}
-        missing = []
-        with self._lock:
-            for name in names:
-                group = self._index.get(name)
-                record = self._facts.get(name) if group is None else group.shared
-                if record is None:
-                    missing.append(name)
-                else:
-                    found[name] = record
-        if missing:
-            keys = self._connection.keys.of(digest)
-            for name, facts in zip(missing, self._connection.one("HMGET", keys.facts, *missing), strict=True):
-                if facts is not None:
-                    found[name] = entries.group_record(facts)
-            with self._lock:
-                self._facts |= {name: found[name] for name in missing if name in found}
-                while len(self._facts) > _FACTS_CACHED:
-                    self._facts.popitem(last=False)
-        return found
+
+        def read(missing: list[bytes]) -> dict[bytes, Record]:
+            stored = self._connection.one("HMGET", self._connection.keys.of(digest).facts, *missing)
+            return {
+                name: entries.group_record(facts)
+                for name, facts in zip(missing, stored, strict=True)
+                if facts is not None
+            }
+
+        return self._facts.of(names, read)
 
     def facts_of(self, record: Record) -> tuple[bytes, bytes]:
         """:func:`entries.facts_of`, remembered for the records of a batch."""

@@ -11,18 +11,16 @@ import functools
 import json
 import sqlite3
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tuner_core.model import EvaluatorSettings, Origin, PartitionKind, Record
-from tuner_core.store.groups import ArgsInfo, Change, Group, GroupIndex, Selection
+from tuner_core.store.groups import ArgsInfo, Change, Group, GroupIndex, Selection, SharedFacts
 from tuner_core.store.interface import RecordFilter
 
 # records that every process reads by itself before a writer accounts for them in the bounds of their groups
 _ACCOUNT_EVERY = 256
-_SHARED_CACHED = 20_000
 
 _GROUP_COLUMNS = (
     "g.id, w.digest, t.json, t.digest, k.device_model, k.sm_count, k.tvm_version, g.op, g.description, g.model, "
@@ -54,7 +52,7 @@ class Catalogue:
         self._index: GroupIndex[Group] = GroupIndex()
         self._lock = threading.Lock()
         self._seen = -1
-        self._shared: OrderedDict[int, Record] = OrderedDict()
+        self._shared: SharedFacts[int, Group] = SharedFacts(self._index)
 
     @contextlib.contextmanager
     def selecting(self, connection: sqlite3.Connection, where: RecordFilter, order: str) -> Iterator[Selection[Group]]:
@@ -81,28 +79,15 @@ class Catalogue:
 
     def shared(self, connection: sqlite3.Connection, groups: Iterable[int]) -> dict[int, Record]:
         """What the records of groups have in common, by group id."""
-        found: dict[int, Record] = {}
-        missing = []
-        with self._lock:
-            for name in groups:
-                group = self._index.get(name)
-                record = self._shared.get(name) if group is None else group.shared
-                if record is None:
-                    missing.append(name)
-                else:
-                    found[name] = record
-        if missing:
+
+        def read(names: list[int]) -> dict[int, Record]:
             rows = connection.execute(
                 f"SELECT {_GROUP_COLUMNS} FROM {_GROUP_TABLES} WHERE g.id IN (SELECT value FROM json_each(?))",
-                (json.dumps(missing),),
-            ).fetchall()
-            read = {row[0]: _shared(row) for row in rows}
-            found |= read
-            with self._lock:
-                self._shared |= read
-                while len(self._shared) > _SHARED_CACHED:
-                    self._shared.popitem(last=False)
-        return found
+                (json.dumps(names),),
+            )
+            return {row[0]: _shared(row) for row in rows}
+
+        return self._shared.of(groups, read)
 
     def _read(self, connection: sqlite3.Connection, seen: int) -> None:
         removed = connection.execute("SELECT id FROM deleted_groups WHERE changed > ?", (seen,)).fetchall()
