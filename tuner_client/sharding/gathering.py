@@ -11,7 +11,7 @@ from tuner_core.errors import PermissionDeniedError
 from tuner_core.model import Record, RecordKey, Workload
 from tuner_core.proto.tuner.v1 import records_pb2
 from tuner_core.store import wire
-from tuner_core.store.interface import RecordStore
+from tuner_core.store.interface import RecordFilter, RecordStore
 from tuner_core.store.open import REDIS_SCHEMES
 from tuner_core.transport.options import is_loopback, split_address
 
@@ -180,14 +180,7 @@ class Gatherer:
             return
         top = records_pb2.TopRecordsRequest(key=wire.key_to_message(key), limit=1, verified_only=True)
         await self._take(link, (await link.connection.call(link.records.TopRecords, top)).records)
-        where = records_pb2.RecordFilter(
-            workload_digest=key.workload_digest,
-            target_digest=key.target_digest,
-            device_model=key.device_model,
-            sm_count=key.sm_count,
-            tvm_version=key.tvm_version,
-            include_failed=True,
-        )
+        where = wire.filter_to_message(RecordFilter.of_key(key))
         request = records_pb2.StreamRecordsRequest(filter=where, order="latency", limit=2 * most + 16)
         async for page in link.connection.stream(link.records.StreamRecords, request):
             await self._take(link, page.records)

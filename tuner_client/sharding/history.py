@@ -25,15 +25,7 @@ def task_plan(name: str, workload: Workload, weight: int, tunable: bool) -> Task
 
 def records_of(store: RecordStore, key: RecordKey, job: str = "") -> list[Record]:
     """Records of a key, failed ones included, in no particular order; of one job only where it is given. Blocks."""
-    where = RecordFilter(
-        workload_digest=key.workload_digest,
-        target_digest=key.target_digest,
-        device_model=key.device_model,
-        sm_count=key.sm_count,
-        tvm_version=key.tvm_version,
-        job=job,
-        include_failed=True,
-    )
+    where = RecordFilter.of_key(key, job)
     found: list[Record] = []
     cursor: str | None = None
     while True:

@@ -46,6 +46,19 @@ class RecordFilter:
     shape: str = ""
     nearest_sm_percent: int | None = None
 
+    @classmethod
+    def of_key(cls, key: RecordKey, job: str = "") -> RecordFilter:
+        """Every record of a look-up key, failed ones included; of one job only where it is given."""
+        return cls(
+            workload_digest=key.workload_digest,
+            target_digest=key.target_digest,
+            device_model=key.device_model,
+            sm_count=key.sm_count,
+            tvm_version=key.tvm_version,
+            job=job,
+            include_failed=True,
+        )
+
 
 @dataclass(frozen=True)
 class Page:

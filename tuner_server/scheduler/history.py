@@ -23,15 +23,7 @@ def known_trials(store: RecordStore, key: RecordKey, job: str, *, refresh: bool 
     Returns:
         Search trials (one per trace), the published record, the baseline.
     """
-    where = RecordFilter(
-        workload_digest=key.workload_digest,
-        target_digest=key.target_digest,
-        device_model=key.device_model,
-        sm_count=key.sm_count,
-        tvm_version=key.tvm_version,
-        job=job if refresh else "",
-        include_failed=True,
-    )
+    where = RecordFilter.of_key(key, job if refresh else "")
     records = store.query(where, limit=MAX_KNOWN).records
     wrong = {record.trace for record in records if record.failure is FailureKind.WRONG_RESULT}
     search = [record for record in records if record.origin is not Origin.FALLBACK and not record.verified]
