@@ -33,7 +33,8 @@ LEAVE_S = 5.0
 _SETTLE_S = 10.0
 _REPORT_S = 0.5
 _JOURNAL_S = 2.0
-_RETRY_S = (0.2, 0.5, 1.0, 2.0)
+_RETRY_S = (0.3, 0.5, 1.0, 2.0)
+"""The first is longer than gRPC's own pause after a failed connection (0.24 s at most): it is a new attempt."""
 
 
 class ShardDriver:
@@ -214,7 +215,8 @@ class ShardDriver:
                     self._check_anybody_left()
                     return
                 refused = "refused" in link.trouble
-                if link.joined and (refused or failures > 0):
+                # the socket of a process that is being killed may still accept one connection, and reset it
+                if link.joined and (refused or failures > 1):
                     link.joined = False
                     self._gone(link, "is gone" if refused else "cannot be reached")
             await asyncio.sleep(_RETRY_S[min(failures, len(_RETRY_S)) - 1] if failures else 0.02)
