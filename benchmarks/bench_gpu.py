@@ -1,9 +1,22 @@
 """``make bench-gpu``: see ``side_by_side.py``.
 
-Four workers share the GPU at 25 % of its SMs each; the winners of both sides are measured on the whole GPU.
+The service runs three times: four workers that share the GPU at 25 % of its SMs each, once with its own and once with
+stock's evaluator settings; and one worker with all of it, as stock has. The winners of all runs are measured on the
+whole GPU and on a quarter of it.
 """
 
-from side_by_side import compare
+from side_by_side import STOCK_EVALUATOR, Side, compare
+from tasks import gpu_tasks
+
+QUARTERS = ("--sm-percent", "25", "--workers", "4")
 
 if __name__ == "__main__":
-    compare("cuda", ["--sm-percent", "25", "--workers", "4"])
+    compare(
+        "cuda",
+        gpu_tasks,
+        [
+            Side("4 x 25 %", sm_percent=25, server_arguments=QUARTERS),
+            Side("4 x 25 %, stock evaluator", sm_percent=25, server_arguments=QUARTERS, evaluator=STOCK_EVALUATOR),
+            Side("1 x 100 %"),
+        ],
+    )

@@ -26,7 +26,7 @@ from typing import Any
 
 import results
 from build_variants import TARGET, quantiles
-from gpu_partitions import workloads
+from tasks import plain_workloads
 
 from tuner_core.model import Workload
 from tuner_server.processes.child import cpu_s
@@ -67,7 +67,7 @@ class Costs:
 
 def operators() -> dict[str, Workload]:
     """Five operators by name."""
-    three, one, product = workloads(False)
+    three, one, product = plain_workloads()
     import tvm
     from tvm import te, topi
 

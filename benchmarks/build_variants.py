@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import results
-from gpu_partitions import figures, workloads
+from gpu_partitions import figures
+from tasks import plain_workloads
 
 from tuner_core.compiler.cuda_source import rewritten
 
@@ -285,7 +286,7 @@ def main() -> None:
     from tuner_core.compiler.tvm_setup import leave_torch_out
 
     leave_torch_out()
-    tasks = workloads(False)
+    tasks = plain_workloads()
     from tuner_server.search.messages import SearchSettings
     from tuner_server.search.session import SearchSession
 

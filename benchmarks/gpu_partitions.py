@@ -24,6 +24,7 @@ from typing import Any
 
 import results
 from scipy.stats import kendalltau
+from tasks import plain_workloads
 
 from tuner_core.errors import TunerError
 from tuner_core.model import EvaluatorSettings, Workload
@@ -38,32 +39,6 @@ DIVISIONS = ("100", "50x2", "25x4", "12x8", "50,25,25")
 REHEARSED = ("100", "50x2", "50,25")
 TOP = 8
 RUN_TIMEOUT_S = 10.0
-
-
-def workloads(small: bool) -> list[Workload]:
-    """A 3x3 and a 1x1 convolution and a matrix product, fp32."""
-    from tuner_core.compiler.tvm_setup import load_tvm
-
-    load_tvm(intrinsics=True)
-    import tvm
-    from tvm import te, topi
-
-    from tuner_core.compiler.workload import workload_from_module
-
-    def conv(extent: int, channels: int, kernel: int) -> Any:
-        data = te.placeholder((1, extent, extent, channels), "float32", name="data")
-        weight = te.placeholder((kernel, kernel, channels, channels), "float32", name="weight")
-        out = topi.nn.conv2d_nhwc(data, weight, 1, kernel // 2, 1, out_dtype="float32")
-        return te.create_prim_func([data, weight, out])
-
-    def product(extent: int) -> Any:
-        a, b = (te.placeholder((extent, extent), "float32", name=name) for name in "AB")
-        k = te.reduce_axis((0, extent), name="k")
-        return te.create_prim_func([a, b, te.compute((extent, extent), lambda i, j: te.sum(a[i, k] * b[k, j], axis=k))])
-
-    functions = [conv(7, 16, 3), product(64)] if small else [conv(14, 256, 3), conv(56, 64, 1), product(1024)]
-    modules = [tvm.IRModule({"main": function.with_attr("global_symbol", "main")}) for function in functions]
-    return [workload_from_module(module) for module in modules]
 
 
 def parse_division(text: str) -> tuple[int, ...]:
@@ -185,7 +160,7 @@ async def run(options: argparse.Namespace) -> None:
         await engine.start()
         (device,) = engine.devices
         print(*engine.notes, *device.provider.describe(), sep="\n", flush=True)
-        tasks = await asyncio.to_thread(workloads, options.rehearse)
+        tasks = await asyncio.to_thread(plain_workloads, options.rehearse)
         built = await candidates(engine, tasks, await device.provider.target_json(100), options.candidates)
         print(f"{len(built)} candidates built after {time.monotonic() - began:.0f} s", flush=True)
         for text in options.divisions or (REHEARSED if options.rehearse else DIVISIONS):

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import results
-from gpu_partitions import workloads
 from scipy.stats import kendalltau
+from tasks import plain_workloads
 
 from tuner_core.errors import TunerError
 from tuner_core.model import EvaluatorSettings, Workload
@@ -205,7 +205,7 @@ async def run(options: argparse.Namespace) -> None:
         await engine.start()
         (device,) = engine.devices
         target = await device.provider.target_json(25 if not options.rehearse else 100)
-        tasks = [*short_workloads(options.rehearse), *await asyncio.to_thread(workloads, options.rehearse)]
+        tasks = [*short_workloads(options.rehearse), *await asyncio.to_thread(plain_workloads, options.rehearse)]
         each = max(2, options.kernels // len(tasks))
         built: list[tuple[Workload, Path]] = []
         todo: list[tuple[Workload, str]] = []

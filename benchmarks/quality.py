@@ -161,7 +161,7 @@ def main() -> None:
             "tasks": [{"name": task.name, "body": task.body, "traces": traces[task.name]} for task in tasks],
         },
         environment,
-    )
+    )["tasks"]
     rows = []
     for task in tasks:
         us = {side: [measured[task.name][f"{side} {n}"]["median_us"] for n in seeds] for side in ("stock", "service")}

@@ -2,8 +2,9 @@
 
 Run as ``python benchmarks/remeasure.py IN.json OUT.json``. ``IN.json``: ``{"target": {...}, "device": "cpu",
 "rounds": 9, "tasks": [{"name", "body", "traces": {"stock": TRACE, ...}}]}``. A task's schedules are built first; then
-rounds go over them in turn, so that drift of the machine hits all alike. ``OUT.json``: per task and side the median of
-the rounds' medians and their spread, microseconds.
+rounds go over them in turn, so that drift of the machine hits all alike. ``OUT.json``: ``{"sm_count", "tasks"}``: how
+many multiprocessors this process sees (null on a CPU), and per task and side the median of the rounds' medians and
+their spread, microseconds.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def main() -> None:
                 side: {"median_us": statistics.median(times), "min_us": min(times), "max_us": max(times)}
                 for side, times in samples.items()
             }
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    seen = None if spec["device"] == "cpu" else int(device.multi_processor_count)
+    Path(sys.argv[2]).write_text(json.dumps({"sm_count": seen, "tasks": result}))
 
 
 if __name__ == "__main__":

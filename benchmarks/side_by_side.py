@@ -1,9 +1,9 @@
 """This service beside stock MetaSchedule on one device: same operators, same number of trials, one run.
 
-Three runs, one after the other: stock ``ms.tune_tasks`` with its defaults; this service with its defaults; this service
-with stock's evaluator settings. Only valid, new, distinct trials count. The winners of all runs are then measured in
-one process in turns. NOTES.md says what is fair about it and what is not. ``bench_cpu.py`` and ``bench_gpu.py`` call
-this.
+One after the other: stock ``ms.tune_tasks`` with its defaults, on the whole device; then this service, once for each
+:class:`Side`. Only valid, new, distinct trials count. The winners of all runs are then measured in one process in
+turns, at every share of the device that a side tuned for. NOTES.md says what is fair about it and what is not.
+``bench_cpu.py`` and ``bench_gpu.py`` call this.
 """
 
 from __future__ import annotations
@@ -14,18 +14,38 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import results
 from convergence import Sample, time_to_reach, weighted_curve
 from service import ServiceRun, server_target, tune_with_service
-from tasks import BenchTask, bench_tasks, extract
+from shares import share_of_gpu
+from tasks import BenchTask, bench_tasks
 
+from tuner_client.model.prepare import ExtractedTask
 from tuner_core.model import EvaluatorSettings
 
 STOCK_EVALUATOR = EvaluatorSettings(number=3, repeat=1, min_repeat_ms=100)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run of this service.
+
+    Attributes:
+        label: For tables.
+        sm_percent: Share of the device that it tunes for.
+        server_arguments: For ``tuner-server``; nothing for its defaults.
+        evaluator: In place of the server's own settings.
+    """
+
+    label: str
+    sm_percent: int = 100
+    server_arguments: tuple[str, ...] = ()
+    evaluator: EvaluatorSettings | None = None
 
 
 def run_script(name: str, document: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -58,8 +78,8 @@ def stock_row(run: Mapping[str, Any], tasks: Sequence[BenchTask]) -> tuple[dict[
     samples = [Sample(trial["task"], trial["at"] - run["tuning_from"], trial["latency_us"]) for trial in valid]
     tuning_s = run["tuning_to"] - run["tuning_from"]
     row = {
-        "side": "stock",
-        "evaluator": "stock",
+        "label": "stock",
+        "sm_percent": 100,
         "trials": len(valid),
         "failed": sum(trial["error"] is not None for trial in run["trials"]),
         "duplicates": sum(trial["duplicate"] for trial in run["trials"]),
@@ -72,12 +92,12 @@ def stock_row(run: Mapping[str, Any], tasks: Sequence[BenchTask]) -> tuple[dict[
     return row, samples
 
 
-def service_row(run: ServiceRun, evaluator: str, names: Mapping[str, str]) -> tuple[dict[str, Any], list[Sample]]:
+def service_row(run: ServiceRun, side: Side, names: Mapping[str, str]) -> tuple[dict[str, Any], list[Sample]]:
     """Figures of a run of this service, and all latencies that it knew: of its trials, and of the fallback schedules.
 
     Args:
         run: The run.
-        evaluator: Whose evaluator settings it used: ``own`` or ``stock``.
+        side: What it was.
         names: Task by workload digest.
     """
     known = [
@@ -88,8 +108,9 @@ def service_row(run: ServiceRun, evaluator: str, names: Mapping[str, str]) -> tu
     trials = [names[record.workload_digest] for record in run.trials]
     tuning_s = run.tuning_to - run.tuning_from
     row = {
-        "side": "service",
-        "evaluator": evaluator,
+        "label": side.label,
+        "sm_percent": side.sm_percent,
+        "server_arguments": list(side.server_arguments),
         "trials": len(trials),
         "failed": sum(record.failure is not None for record in run.records),
         "duplicates": 0,
@@ -109,20 +130,21 @@ def show(rows: Sequence[Mapping[str, Any]], tasks: Sequence[BenchTask]) -> None:
     """Print the figures as tables."""
     print(f"\n{'run':<30}{'trials':>8}{'failed':>8}{'start-up':>10}{'tuning':>10}{'trials/s':>10}{'with start-up':>15}")
     for row in rows:
-        label = f"{row['side']}, {row['evaluator']} evaluator"
         print(
-            f"{label:<30}{row['trials']:>8}{row['failed']:>8}{row['start_up_s']:>8.1f} s{row['tuning_s']:>8.1f} s"
-            f"{row['trials_per_s']:>10.2f}{row['trials_per_s_with_start_up']:>15.2f}"
+            f"{row['label']:<30}{row['trials']:>8}{row['failed']:>8}{row['start_up_s']:>8.1f} s"
+            f"{row['tuning_s']:>8.1f} s{row['trials_per_s']:>10.2f}{row['trials_per_s_with_start_up']:>15.2f}"
         )
-    print(f"\n{'final latency, measured alike, us':<48}" + "".join(f"{row['label']:>18}" for row in rows))
-    for task in tasks:
-        print(
-            f"{task.description[:42]:<42}{'x' + str(task.weight):>6}"
-            + "".join(f"{row['final_us'][task.name]['median_us']:>18.1f}" for row in rows)
-        )
-    print(f"{'weighted':<48}" + "".join(f"{row['weighted_final_us']:>18.1f}" for row in rows))
+    for share in rows[0]["final_us"]:
+        where = f"on {share} % of the device, us"
+        print(f"\n{'final latency, measured alike ' + where:<56}" + "".join(f"{row['label'][:26]:>28}" for row in rows))
+        for task in tasks:
+            print(
+                f"{task.description[:48]:<50}{'x' + str(task.weight):>6}"
+                + "".join(f"{row['final_us'][share][task.name]['median_us']:>28.1f}" for row in rows)
+            )
+        print(f"{'weighted':<56}" + "".join(f"{row['weighted_final_us'][share]:>28.1f}" for row in rows))
     print(
-        f"{'seconds to the same weighted best':<48}" + "".join(f"{_seconds(row['s_to_same_best']):>18}" for row in rows)
+        f"{'seconds to the final latency of stock':<56}" + "".join(f"{_seconds(row['s_to_stock']):>28}" for row in rows)
     )
 
 
@@ -134,7 +156,7 @@ def show_timeline(rows: Sequence[Mapping[str, Any]]) -> None:
             continue
         each = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in figures["cpu_s_per_trial"].items())
         together = sum(figures["cpu_s_per_trial"].values())
-        print(f"\n{row['side']}, {row['evaluator']} evaluator")
+        print(f"\n{row['label']}")
         print(f"  CPU core-seconds per trial by stage: {each}; together {together:.3f}")
         print(f"  partition busy share: {100 * figures['partitions_busy']:.1f} %")
         busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in figures["busy"].items())
@@ -145,12 +167,54 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def compare(device_kind: str, server_arguments: Sequence[str] = ()) -> None:
+def measure_winners(
+    tasks: Sequence[BenchTask],
+    traces: Mapping[str, Mapping[str, Any]],
+    *,
+    target: Mapping[str, Any],
+    device_kind: str,
+    sm_percent: int,
+    rounds: int,
+    environment: Mapping[str, str],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Latency of every run's winners at one share of the device: by task and run, see ``remeasure.py``.
+
+    Args:
+        tasks: The operators.
+        traces: By run and task.
+        target: What they are built for.
+        device_kind: ``cpu`` or ``cuda``.
+        sm_percent: The share.
+        rounds: Of the measurement.
+        environment: Set for it.
+    """
+    document = {
+        "target": target,
+        "device": device_kind,
+        "rounds": rounds,
+        "tasks": [
+            {
+                "name": task.name,
+                "body": task.body,
+                "traces": {run: by_task[task.name] for run, by_task in traces.items()},
+            }
+            for task in tasks
+        ],
+    }
+    with share_of_gpu(sm_percent) as capped:
+        measured = run_script("remeasure.py", document, {**environment, **capped})
+    print(f"... on {sm_percent} %, {measured['sm_count'] or 'all'} SMs", flush=True)
+    return dict(measured["tasks"])
+
+
+def compare(device_kind: str, operators: Callable[[str], list[ExtractedTask]], sides: Sequence[Side]) -> None:
     """Read the command line, run everything, print, write the result file.
 
     Args:
         device_kind: ``cpu`` or ``cuda``: what the winners are measured on.
-        server_arguments: For ``tuner-server``; nothing for its defaults.
+        operators: Gives what is tuned for a target's JSON.
+        sides: The service's runs; the first is the one that is compared in the last lines, the second has stock's
+            evaluator settings.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=64, help="per task (default: 64)")
@@ -161,8 +225,8 @@ def compare(device_kind: str, server_arguments: Sequence[str] = ()) -> None:
     arguments = parser.parse_args()
 
     machine = results.machine()
-    target_json, device = server_target(server_arguments)
-    extracted = extract(target_json)
+    target_json, device = server_target(sides[0].server_arguments)
+    extracted = operators(target_json)
     tasks = bench_tasks(extracted)
     names = {task.workload.digest: task.name for task in extracted}
     weights = {task.name: task.weight for task in tasks}
@@ -183,59 +247,50 @@ def compare(device_kind: str, server_arguments: Sequence[str] = ()) -> None:
         "tasks": [task.document() for task in tasks],
     }
     stock = run_script("stock.py", spec, environment)
-    rows, curves = [], []
     row, samples = stock_row(stock, tasks)
-    rows.append(row)
-    curves.append(weighted_curve(samples, weights))
-    winners = [{name: best["trace"] for name, best in stock["best"].items()}]
+    rows, curves = [row], [weighted_curve(samples, weights)]
+    traces = {"stock": {name: best["trace"] for name, best in stock["best"].items()}}
     if missing := set(names.values()) - set(stock["best"]):
         why = {trial["error"] for trial in stock["trials"] if trial["task"] in missing}
         sys.exit(f"error: stock found no valid schedule for {', '.join(sorted(missing))}: {why or 'no trial at all'}")
 
-    for label, evaluator in (("own", None), ("stock", STOCK_EVALUATOR)):
-        print(f"this service, {label} evaluator settings, {budget} trials ...", flush=True)
+    for number, side in enumerate(sides, start=1):
+        print(f"this service, {side.label}, {budget} trials ...", flush=True)
         run = tune_with_service(
             extracted,
             target_json=target_json,
             trials=budget,
             seed=arguments.seed,
-            evaluator=evaluator,
-            server_arguments=server_arguments,
-            picture=arguments.results / f"{arguments.name}-{label}",
+            evaluator=side.evaluator,
+            server_arguments=side.server_arguments,
+            picture=arguments.results / f"{arguments.name}-{number}",
         )
-        row, samples = service_row(run, label, names)
+        row, samples = service_row(run, side, names)
         rows.append(row)
         curves.append(weighted_curve(samples, weights))
-        winners.append({name: json.loads(run.winner(digest).trace) for digest, name in names.items()})
+        traces[side.label] = {name: json.loads(run.winner(digest).trace) for digest, name in names.items()}
 
-    for row in rows:
-        row["label"] = f"{row['side']}/{row['evaluator']}"
     print("measuring the winners side by side ...", flush=True)
-    measured = run_script(
-        "remeasure.py",
-        {
-            "target": json.loads(target_json),
-            "device": device_kind,
-            "rounds": arguments.rounds,
-            "tasks": [
-                {
-                    "name": task.name,
-                    "body": task.body,
-                    "traces": {row["label"]: traces[task.name] for row, traces in zip(rows, winners, strict=True)},
-                }
-                for task in tasks
-            ],
-        },
-        environment,
-    )
-    for row in rows:
-        row["final_us"] = {name: sides[row["label"]] for name, sides in measured.items()}
-        row["weighted_final_us"] = sum(
-            weights[name] * sides[row["label"]]["median_us"] for name, sides in measured.items()
+    for share in dict.fromkeys((100, *(side.sm_percent for side in sides))):
+        measured = measure_winners(
+            tasks,
+            traces,
+            target=json.loads(target_json),
+            device_kind=device_kind,
+            sm_percent=share,
+            rounds=arguments.rounds,
+            environment=environment,
         )
-    same_best_us = max(curve[-1][1] for curve in curves[:2])
-    for row, curve in zip(rows, curves, strict=True):
-        row["s_to_same_best"] = time_to_reach(curve, same_best_us)
+        for row in rows:
+            final = {name: by_run[row["label"]] for name, by_run in measured.items()}
+            row.setdefault("final_us", {})[str(share)] = final
+            row.setdefault("weighted_final_us", {})[str(share)] = sum(
+                weights[name] * figures["median_us"] for name, figures in final.items()
+            )
+    rows[0]["s_to_stock"] = curves[0][-1][0]
+    for row, curve in zip(rows[1:], curves[1:], strict=True):
+        row["s_to_stock"] = time_to_reach(curve, rows[0]["weighted_final_us"][str(row["sm_percent"])])
+    for row in rows:
         row["ratio_to_stock"] = row["trials_per_s"] / rows[0]["trials_per_s"]
 
     show(rows, tasks)
@@ -250,10 +305,13 @@ def compare(device_kind: str, server_arguments: Sequence[str] = ()) -> None:
         tasks=[{"name": t.name, "description": t.description, "weight": t.weight} for t in tasks],
         trials_per_task=arguments.trials,
         target=json.loads(target_json),
-        server_arguments=list(server_arguments),
-        same_weighted_best_us=same_best_us,
     )
     print(f"\nwritten to {os.path.relpath(path)}")
-    print(f"ratio to stock, final weighted latency: {rows[1]['weighted_final_us'] / rows[0]['weighted_final_us']:.3f}")
-    print(f"ratio to stock with the same evaluator settings, trials/s: {rows[2]['ratio_to_stock']:.2f}")
-    print(f"ratio to stock, trials/s: {rows[1]['ratio_to_stock']:.2f}")
+    for row in rows[1:]:
+        share = str(row["sm_percent"])
+        ratio = row["weighted_final_us"][share] / rows[0]["weighted_final_us"][share]
+        reached = "never" if row["s_to_stock"] is None else f"{100 * row['s_to_stock'] / rows[0]['tuning_s']:.1f} %"
+        print(
+            f"{row['label']}: {row['ratio_to_stock']:.2f} times stock's trials/s; final weighted latency on {share} % "
+            f"of the device {ratio:.3f} of stock's; as good as stock's in the end after {reached} of stock's time"
+        )
