@@ -23,6 +23,7 @@ import itertools
 import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from model_job import light_models, tune
+from model_job import light_models, timeline_of, tune
 from service import running_server
 
 from tuner_client import Client, RecordFilter
@@ -135,15 +136,48 @@ def measure_side(
     Returns:
         The row, and the first device that was used.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        traces = [Path(folder) / f"{number}.trace.json" for number in range(len(servers))]
+        row, device = job_on_servers(side, servers, traces, model, seed, options)
+        # after the servers have ended, which makes their traces whole
+        row["timelines"] = [
+            timeline_of(trace, options.out, f"{options.name}-{side}-{number}")
+            for number, trace in enumerate(traces, start=1)
+        ]
+    return row, device
+
+
+def job_on_servers(
+    side: str,
+    servers: Sequence[tuple[Sequence[str], Sequence[int]]],
+    traces: Sequence[Path],
+    model: Path,
+    seed: int,
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any], Any]:
+    """Start a side's servers, tune, stop them; see :func:`measure_side`.
+
+    Args:
+        side: Its name.
+        servers: Devices and cores of each server.
+        traces: Where each writes its trace.
+        model: What to tune.
+        seed: Of the search.
+        options: Of the command line.
+    """
     with contextlib.ExitStack() as stack:
         running = [
             stack.enter_context(
                 running_server(
-                    [*options.server_arguments, *(word for device in devices for word in ("--device", device))],
+                    [
+                        *options.server_arguments,
+                        *(word for device in devices for word in ("--device", device)),
+                        *("--trace", str(trace)),
+                    ],
                     cores=cores,
                 )
             )
-            for devices, cores in servers
+            for (devices, cores), trace in zip(servers, traces, strict=True)
         ]
         addresses = [server.address for server in running]
         sampler = BusyShare(addresses)
@@ -206,10 +240,17 @@ def show(row: dict[str, Any]) -> None:
         for uuid, by in row["busy"].items()
     )
     latency = row["model_latency_us"]
+    timelines = "; ".join(
+        ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in one["busy"].items())
+        if "busy" in one
+        else one["error"]
+        for one in row["timelines"]
+    )
     print(
         f"{row['side']:<12} {row['workers']} workers, {row['trials']} trials: {row['trials_per_s_first_to_last']:.2f} "
         f"trials/s from first to last, {row['trials_per_s']:.2f} over the whole job of {row['elapsed_s']:.0f} s; "
-        f"model {latency['baseline']} -> {latency['tuned']} us ({row['status']})\n{'':12} {busy}",
+        f"model {latency['baseline']} -> {latency['tuned']} us ({row['status']})\n{'':12} {busy}\n"
+        f"{'':12} busy by stage: {timelines}",
         flush=True,
     )
 
