@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tuner_server.gpu.inventory import GpuInfo, find_gpus
-from tuner_server.gpu.mps import find_control
+from tuner_server.gpu.mps import CONTROL, find_control
+from tuner_server.gpu.mps_processes import find_mps_processes
 
 HERE = Path(__file__).parent
 
@@ -35,8 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def gpu() -> GpuInfo:
-    """The first GPU."""
+    """The first GPU that this process may see."""
     return find_gpus().gpus[0]
+
+
+@pytest.fixture(scope="session")
+def four_quarters(gpu: GpuInfo) -> tuple[str, ...]:
+    """Options of a ``tuner-server`` that has the first GPU to itself, in four parts."""
+    return ("--device", f"cuda:{gpu.uuid}", "--sm-percent", "25", "--workers", "4")
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +52,9 @@ def short_dir() -> Iterator[Path]:
     """A directory for sockets."""
     directory = Path(tempfile.mkdtemp(prefix="tuner-gpu-"))
     yield directory
+    for pipes in directory.rglob("pipe"):  # of a server that a failed test has killed
+        for process in find_mps_processes(pipes, CONTROL):
+            process.signal(signal.SIGKILL)
     shutil.rmtree(directory, ignore_errors=True)
 
 

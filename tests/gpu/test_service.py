@@ -22,7 +22,6 @@ from tuner_server.gpu.mps import CONTROL, pipe_directory_for
 from tuner_server.gpu.mps_processes import MpsProcess, find_mps_processes
 
 TRIALS = 240
-OPTIONS = ("--device", "cuda:0", "--sm-percent", "25", "--workers", "4")
 _IMPLAUSIBLE = 0.4  # of the best latency that was measured alone: a kernel that did not run looks that fast
 
 
@@ -94,6 +93,8 @@ def job_under_fire(folder: Path, options: tuple[str, ...], shots: list[Callable[
         assert sum(device["measuring"]["faults"].values()) >= 1
         assert device["measuring"]["recoveries"]["longest_s"] <= 15
         assert device["measuring"]["pauses"]["count"] >= 1
+        assert running.stop(signal.SIGTERM) == 0
+        assert mps_processes(data_dir) == [], "the server has gone in good order, MPS has not"
 
     store = open_store(f"sqlite:///{data_dir / 'records.sqlite'}")
     try:
@@ -122,18 +123,19 @@ def no_timing_is_poisoned(records: list[Record] | tuple[Record, ...]) -> None:
             assert min(record.latencies_us) > _IMPLAUSIBLE * min(alone, default=0.0), record
 
 
-def test_a_job_completes_while_a_worker_the_mps_server_and_the_daemon_are_killed(short_dir: Path) -> None:
+def test_a_job_completes_while_a_worker_the_mps_server_and_the_daemon_are_killed(
+    short_dir: Path, four_quarters: tuple[str, ...]
+) -> None:
     folder = short_dir / "job"
     folder.mkdir()
-    job_under_fire(folder, OPTIONS, [kill_worker, kill_mps(control=False), kill_mps(control=True)])
-    assert mps_processes(folder / "server") == [], "the server has gone, MPS has not"
+    job_under_fire(folder, four_quarters, [kill_worker, kill_mps(control=False), kill_mps(control=True)])
 
 
-def test_the_next_start_clears_away_what_a_killed_server_left(short_dir: Path) -> None:
+def test_the_next_start_clears_away_what_a_killed_server_left(short_dir: Path, four_quarters: tuple[str, ...]) -> None:
     folder = short_dir / "left"
     folder.mkdir()
     data_dir = folder / "server"
-    with server(data_dir, *OPTIONS) as first:
+    with server(data_dir, *four_quarters) as first:
         workers = [worker["pid"] for worker in host(first, folder)["workers"]]
         assert len(workers) == 4
         first.process.kill()
@@ -141,7 +143,7 @@ def test_the_next_start_clears_away_what_a_killed_server_left(short_dir: Path) -
         left = mps_processes(data_dir)
         assert left, "the daemon should outlive its server: there is nothing to clear away"
         assert wait_until(lambda: all(gone(pid) for pid in workers)), "workers outlive their server"
-    with server(data_dir, *OPTIONS) as second:
+    with server(data_dir, *four_quarters) as second:
         assert [worker["state"] for worker in host(second, folder)["workers"]] == ["idle"] * 4
         assert not any(process.alive() for process in left)
         assert second.stop(signal.SIGTERM) == 0

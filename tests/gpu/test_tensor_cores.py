@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from tuner_core.model import Record
 from tuner_core.store.interface import RecordFilter
 from tuner_core.store.open import open_store
 
-OPTIONS = ("--device", "cuda:0", "--sm-percent", "25", "--workers", "4")
 TRIALS = 96
 CHANNELS, SIZE = 64, 28
 RUN = """
@@ -50,12 +50,14 @@ def best_published(folder: Path, job: str) -> dict[str, Record]:
 
 
 @pytest.mark.parametrize("layout", ["auto", "NCHW"])
-def test_the_best_schedule_of_an_fp16_convolution_uses_tensor_cores(short_dir: Path, layout: str) -> None:
+def test_the_best_schedule_of_an_fp16_convolution_uses_tensor_cores(
+    short_dir: Path, four_quarters: tuple[str, ...], layout: str
+) -> None:
     folder = short_dir / f"tensor-{layout}"
     folder.mkdir()
     model = branchy(folder, "float16", CHANNELS, SIZE)
     built = folder / "model.so"
-    with server(folder / "server", *OPTIONS) as running:
+    with server(folder / "server", *four_quarters) as running:
         tuned = client(
             *("tune", str(model), "--server", running.address, "--sm-percent", "25", "--trials", str(TRIALS)),
             *("--layout", layout, "--output", str(built), "--json"),
@@ -64,11 +66,14 @@ def test_the_best_schedule_of_an_fp16_convolution_uses_tensor_cores(short_dir: P
         )
         assert tuned.returncode == 0, f"{tuned.stderr}\n{running.log.read_text()[-3000:]}"
         document = json.loads(tuned.stdout)
+        assert running.stop(signal.SIGTERM) == 0
     print(json.dumps(document, indent=1))  # pytest -rP shows it
     expected_layout = "NHWC" if layout == "auto" else layout
     assert document["layout"] == expected_layout
     assert document["outputs_match"] is True
-    assert not document["coverage"]["invalid"] and not document["coverage"]["unused"]
+    coverage = document["coverage"]
+    assert not coverage["invalid"] and not coverage["missing"] and not coverage["passed_over"], coverage
+    assert coverage["tuned"] == sum(task["state"] == "tuned" for task in document["tasks"]) >= 1
 
     best = best_published(folder / "server", document["job"])
     assert best, "no convolution has a verified record"

@@ -167,6 +167,41 @@ def test_a_dead_daemon_is_noticed_and_revived(gpu: str, directory: Path) -> None
     asyncio.run(body())
 
 
+def test_what_came_and_went_under_fire_is_stopped_in_the_end(gpu: str, directory: Path) -> None:
+    async def body() -> None:
+        async with running(gpu, directory) as daemon:
+            daemon.on_death = (died := asyncio.Event()).set
+            first = client(daemon)
+            (server,) = await daemon.servers()
+            os.kill(server, signal.SIGKILL)
+            assert first.wait() == 3
+            second = client(daemon)  # the daemon starts another server for it
+            assert daemon.pid is not None
+            os.kill(daemon.pid, signal.SIGKILL)
+            await died.wait()
+            assert second.wait() == 3
+            assert await daemon.revive()
+            third = client(daemon)
+            assert len(mps_processes(daemon)) == 2
+        assert third.wait() == 3
+        assert mps_processes(daemon) == []
+
+    asyncio.run(body())
+
+
+def test_it_is_not_revived_by_who_asks_while_it_is_stopped(gpu: str, directory: Path) -> None:
+    async def body() -> None:
+        async with running(gpu, directory) as daemon:
+            stopping = asyncio.create_task(daemon.stop())
+            await asyncio.sleep(0)
+            with pytest.raises(TunerError, match="has not been started"):
+                await daemon.revive()
+            await stopping
+            assert mps_processes(daemon) == []
+
+    asyncio.run(body())
+
+
 def test_terminating_a_client_leaves_its_neighbour_alone_and_killing_one_does_not(gpu: str, directory: Path) -> None:
     async def body() -> None:
         async with running(gpu, directory) as daemon:

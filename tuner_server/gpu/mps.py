@@ -230,8 +230,6 @@ class MpsDaemon:
             if await self.healthy():
                 return False
             raise TunerError(f"the MPS control daemon at {self.pipe_directory} does not answer; start it again")
-        if self._lock is None:
-            raise TunerError("the MPS control daemon has not been started")
         # one look for all who ask at the same time: after a fault every worker does
         if self._reviving is None or self._reviving.done():
             self._reviving = asyncio.create_task(self._revive())
@@ -239,6 +237,8 @@ class MpsDaemon:
 
     async def _revive(self) -> bool:
         async with self._changing:
+            if self._lock is None:  # or a stop has come first: nobody would end what is started now
+                raise TunerError("the MPS control daemon has not been started")
             if await self.healthy():
                 return False
             log.warning("the MPS control daemon of %s is gone; starting it again", self.uuid)
