@@ -65,6 +65,52 @@ def test_a_turn_alone_waits_for_those_before_it_and_holds_back_those_after_it() 
     run(check())
 
 
+def test_a_row_of_turns_alone_lets_those_who_wait_go_in_between() -> None:
+    async def check() -> None:
+        turns = turns_of("a")
+        order: list[str] = []
+
+        async def alone(name: str) -> None:
+            await turns.begin_alone()
+            order.append(name)
+            await settle()
+            turns.end_alone()
+
+        async def use(name: str, *, first: bool = False) -> None:
+            slot = await turns.take(first=first)
+            order.append(name)
+            await settle()
+            turns.give(slot)
+
+        held = await turns.take()
+        waiting = [asyncio.create_task(alone(f"alone {number}")) for number in range(3)]
+        await settle()
+        waiting += [asyncio.create_task(use(f"trial {number}")) for number in range(2)]
+        await settle()
+        turns.give(held)
+        await asyncio.gather(*waiting)
+        assert order == ["alone 0", "trial 0", "trial 1", "alone 1", "alone 2"]
+
+    run(check())
+
+
+def test_who_goes_first_does_so_after_a_turn_alone_too() -> None:
+    async def check() -> None:
+        turns = turns_of("a")
+        await turns.begin_alone()
+        later = asyncio.create_task(turns.take())
+        await settle()
+        first = asyncio.create_task(turns.begin_alone(first=True))
+        await settle()
+        turns.end_alone()
+        await settle()
+        assert first.done() and not later.done()
+        turns.end_alone()
+        assert await later == "a"
+
+    run(check())
+
+
 def test_the_others_wait_is_counted_from_when_the_first_of_them_was_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("tuner_server.measure.turns.time.monotonic", lambda: now)

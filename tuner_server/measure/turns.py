@@ -19,6 +19,7 @@ class _Waiter(Generic[S]):
     holds_since: float | None = (
         None  # when it began to keep slots from those behind it; only one that waits to be alone
     )
+    first: bool = False  # before all others
 
 
 def _future() -> asyncio.Future[S | None]:
@@ -28,8 +29,9 @@ def _future() -> asyncio.Future[S | None]:
 class Turns(Generic[S]):
     """Idle slots and the queue for them.
 
-    A turn alone begins when every slot that was handed out has come back, and who came after it waits behind it:
-    neither kind of turn starves the other. Every wait may be cancelled.
+    A turn alone begins when every slot that was handed out has come back, and who came after it waits behind it. When
+    it ends, those who wait for a slot by then go before the next turn alone: neither kind of turn starves the other,
+    and a row of turns alone does not keep the rest waiting for all of them. Every wait may be cancelled.
 
     Args:
         ready: Whether a slot can be handed out.
@@ -100,8 +102,11 @@ class Turns(Generic[S]):
         return waiter.holds_since
 
     def end_alone(self) -> None:
-        """The others may go on."""
+        """The others may go on: who waits for a slot now, before the next turn alone."""
         self._alone = False
+        in_order = sorted(self._queue, key=lambda one: 0 if one.first else 2 if one.accepts is None else 1)  # stable
+        self._queue.clear()
+        self._queue.extend(in_order)
         self._dispatch()
 
     def fail(self, error: Exception) -> None:
@@ -117,6 +122,7 @@ class Turns(Generic[S]):
         if self._error is not None:
             raise self._error
         if first:
+            waiter.first = True
             queue.appendleft(waiter)
         else:
             queue.append(waiter)
