@@ -64,3 +64,40 @@ def test_a_reference_whose_process_was_killed_is_made_again(tmp_path: Path) -> N
         assert await references(Pool(killed, killed)).get(0) is None, "the fallback schedule is left to compare with"
 
     asyncio.run(body())
+
+
+def test_references_are_made_before_they_are_wanted_one_at_a_time(tmp_path: Path) -> None:
+    under_way: list[str] = []
+    most = 0
+    may_end = asyncio.Event()
+
+    class Slow:
+        async def reference(self, workload: Any, seed: int) -> Path:
+            nonlocal most
+            under_way.append(workload.description)
+            most = max(most, len(under_way))
+            await may_end.wait()
+            under_way.remove(workload.description)
+            made = tmp_path / f"{workload.description}.npz"
+            made.touch()
+            return made
+
+    async def body() -> None:
+        workloads = [cast(Workload, SimpleNamespace(description=name)) for name in ("a", "b", "c", "d")]
+        found = References(cast(BuildPool, Slow()), workloads, seed=1)
+        for index in (0, 1, 2, 3, 0):
+            found.foresee(index)
+        await asyncio.sleep(0.01)
+        assert under_way == ["a"] and most == 1
+        found.begin(2)  # its task is promoted by now, and cannot wait for its turn
+        await found.drop(3)  # it needs none any more
+        await asyncio.sleep(0.01)
+        assert under_way == ["a", "c"]
+        may_end.set()
+        assert await found.get(1) == tmp_path / "b.npz"
+        await asyncio.sleep(0.01)
+        assert not (tmp_path / "d.npz").exists()
+        await found.drop_all()
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(body())
