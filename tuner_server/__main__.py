@@ -118,6 +118,9 @@ def _shares(_context: click.Context, _parameter: click.Parameter, value: Any) ->
 @click.option("--reference-timeout-s", type=click.FloatRange(0.1), default=60.0, show_default=True)
 @click.option("--search-processes", type=click.IntRange(0, 256), default=0, help="0: by the number of cores.")
 @click.option("--build-processes", type=click.IntRange(0, 256), default=0, help="0: by the number of cores.")
+@click.option(
+    "--lend-cores/--no-lend-cores", default=True, help="Build on the cores of a GPU's workers while these are idle."
+)
 @click.option("--batch", type=click.IntRange(0, 1024), default=0, help="Candidates per search batch; 0: by the device.")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key.")
@@ -193,6 +196,7 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         search_processes=options["search_processes"],
         build_processes=options["build_processes"],
         batch=options["batch"],
+        lend_cores=options["lend_cores"],
         tls=TlsFiles(cert, key, options["tls_client_ca"]) if cert is not None else None,
         token_file=options["token_file"],
         insecure=options["insecure"],

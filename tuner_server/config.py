@@ -71,6 +71,7 @@ class ServerConfig:
         devices: What is measured on.
         repartition: Whether a job that asks for another share gets the device re-partitioned when it is free.
         batch: Candidates per search batch; 0: chosen for the device.
+        lend_cores: Whether builds may run on the cores of a GPU's workers while these leave them idle.
         lazy: Start worker processes at the first need, not at once.
         trace: File for a trace of what all processes do; None: none.
         exit_with_parent: Process id to follow into its end; 0: none. Such an embedded server leaves interrupted jobs
@@ -89,6 +90,7 @@ class ServerConfig:
     search_processes: int = 0
     build_processes: int = 0
     batch: int = 0
+    lend_cores: bool = True
     tls: TlsFiles | None = None
     token_file: Path | None = None
     insecure: bool = False

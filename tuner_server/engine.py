@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from tuner_core.errors import ConflictError, TunerError, UsageError
-from tuner_core.model import DeviceInfo, target_digest
+from tuner_core.model import DeviceInfo, PartitionKind, target_digest
 from tuner_server.build.pool import BuildPool
 from tuner_server.config import ServerConfig
 from tuner_server.fairness import on_behalf_of
@@ -225,14 +225,19 @@ class Engine:
             self._started = True
 
     async def _arrange(self) -> None:
-        """Give search and build the cores that the present partitions leave."""
+        """Give search and build the cores that the present partitions leave, and lend builds those of GPU workers."""
         assert self._pools is not None and self._gate is not None
         spare = set(usable_cores())
         for device in self.devices:
             spare.difference_update(device.provider.cores)
         for device in self.devices:
             spare.update(device.provider.spare_cores(device.partitions))
-        await self._pools.arrange(tuple(sorted(spare)))
+        lent: set[int] = set()
+        if spare and self._config.lend_cores:
+            for partition in (partition for device in self.devices for partition in device.partitions):
+                if partition.kind is not PartitionKind.CPU:
+                    lent.update(partition.affinity)
+        await self._pools.arrange(tuple(sorted(spare)), tuple(sorted(lent - spare)))
         self._gate.spare = bool(spare)
 
     async def stop(self) -> None:

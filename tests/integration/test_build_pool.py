@@ -210,6 +210,53 @@ def test_processes_are_replaced_after_some_builds(
     runner.run(check())
 
 
+def test_processes_on_lent_cores_stand_back_and_all_are_started_beforehand_only_once(
+    runner: asyncio.Runner, spawner: Spawner, tmp_path: Path
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    pool = BuildPool(spawner, 1, tmp_path, affinity=cores[:1], lent=cores[-1:])
+
+    async def body() -> None:
+        pool.prestart()
+        pool.prestart()
+        await until(lambda: len(pool._children) == 2)
+        before = pids(pool)
+        pool.prestart()
+        built = await asyncio.gather(*(pool.fallback(matmul(), LLVM) for _ in range(4)))
+        assert len(built) == 4 and pids(pool) == before, "those that were there built everything"
+        policies = {os.sched_getscheduler(pid): os.sched_getaffinity(pid) for pid in before}
+        assert policies == {os.SCHED_OTHER: {cores[0]}, os.SCHED_IDLE: {cores[-1]}}
+        lent = next(child for child in pool._children if os.sched_getscheduler(child.pid) == os.SCHED_IDLE)
+        os.kill(lent.pid, signal.SIGKILL)
+        await lent.exited
+        await asyncio.gather(*(pool.fallback(matmul(), LLVM) for _ in range(2)))
+        again = [os.sched_getscheduler(pid) for pid in pids(pool)]
+        assert sorted(again) == sorted([os.SCHED_OTHER, os.SCHED_IDLE]), "its successor stands back like it"
+
+    try:
+        runner.run(body())
+    finally:
+        runner.run(pool.stop())
+
+
+def test_a_pool_that_is_stopped_while_it_starts_leaves_no_process(
+    runner: asyncio.Runner, spawner: Spawner, tmp_path: Path
+) -> None:
+    pool = BuildPool(spawner, 3, tmp_path)
+
+    async def body() -> list[int]:
+        pool.prestart()
+        await until(lambda: bool(pool._children))
+        started = list(pids(pool))
+        await pool.stop()
+        return started
+
+    for pid in runner.run(body()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not pool._children
+
+
 def test_a_reference_holds_inputs_and_right_outputs(runner: asyncio.Runner, pool: BuildPool) -> None:
     before = pids(pool)
     first, again, other = (runner.run(pool.reference(matmul(), seed=seed)) for seed in (3, 3, 4))

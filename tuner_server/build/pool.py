@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 import signal
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class BuildPool:
 
     Args:
         spawner: Where processes come from; they start at first need.
-        processes: How many at most.
+        processes: How many at most, those on lent cores aside.
         scratch: Directory for artifacts; made when missing.
         timeout_s: Deadline of one build.
         cpu_limit_s: Processor time that the build of a candidate may take, in whole seconds.
@@ -40,6 +41,7 @@ class BuildPool:
         recycle_after: Builds after which a process is replaced, against what compilers leak.
         affinity: Cores to pin the processes to; empty: all.
         nice: Added to their niceness.
+        lent: Cores whose owners use them little: one more process on each, which stands back at once for anything else.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class BuildPool:
         affinity: Sequence[int] = (),
         nice: int = 0,
         cpu_limit_s: int = CPU_LIMIT_S,
+        lent: Sequence[int] = (),
     ) -> None:
         self._spawner = spawner
         self._scratch = scratch
@@ -62,15 +65,26 @@ class BuildPool:
         self._recycle_after = recycle_after
         self._affinity = tuple(affinity)
         self._nice = nice
-        self._turns = FairTurns(max(1, processes))
+        self._lent = tuple(lent)
+        self._places = max(1, processes) + len(self._lent)
+        self._turns = FairTurns(self._places)
         self._files = itertools.count()
         self._idle: list[Child] = []
         self._children: set[Child] = set()
         self._builds: dict[Child, int] = {}
-        self._starting: set[str] = set()  # names
+        self._on_lent: dict[Child, int] = {}
+        self._starting: dict[str, int | None] = {}  # by name: the lent core, if it is for one
+        self._coming: deque[asyncio.Task[Child]] = deque()
         self._paused = False
         self._stopped = False
         scratch.mkdir(parents=True, exist_ok=True)
+
+    def prestart(self) -> None:
+        """Begin to start all processes that are not there yet, so that no build has to wait for a fork."""
+        for _ in range(self._places - len(self._children) - len(self._starting) - len(self._coming)):
+            coming = asyncio.create_task(self._spawn())
+            coming.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._coming.append(coming)
 
     async def build(self, workload: Workload, trace: str, target_json: str) -> Artifact:
         """Build one candidate.
@@ -162,6 +176,8 @@ class BuildPool:
         """End the processes; builds under way fail."""
         self._stopped = True
         self.resume()
+        await asyncio.gather(*self._coming, return_exceptions=True)
+        self._coming.clear()
         busy = [child for child in self._children if child not in self._idle]
         for child in busy:
             child.kill()
@@ -203,9 +219,9 @@ class BuildPool:
                 await turn.enter_async_context(self._turns.turn())
             if self._stopped:
                 raise ChildDied("the build pool", None)
-            child = None if once else self._take_idle()
+            child = None if once else await self._take()
             if child is None:
-                child = await self._spawn()
+                child = await self._spawn(once)
             try:
                 yield child
             except ChildError:
@@ -217,33 +233,55 @@ class BuildPool:
                 raise
             await self._give_back(child, once)
 
-    def _take_idle(self) -> Child | None:
+    async def _take(self) -> Child | None:
+        """A process that is there, those on cores of their own first, or one that is coming."""
         while self._idle:
-            child = self._idle.pop()
+            child = next((child for child in reversed(self._idle) if child not in self._on_lent), self._idle[-1])
+            self._idle.remove(child)
             if child.alive:
                 return child
             self._drop(child)
+        while self._coming:
+            coming = self._coming.popleft()
+            try:
+                return await asyncio.shield(coming)
+            except asyncio.CancelledError:
+                if not coming.cancelled():
+                    self._coming.appendleft(coming)
+                raise
         return None
 
-    async def _spawn(self) -> Child:
-        taken = {child.name for child in self._children} | self._starting
+    async def _spawn(self, once: bool = False) -> Child:
+        taken = {child.name for child in self._children} | self._starting.keys()
         name = next(name for index in itertools.count() if (name := f"build-{index}") not in taken)
-        self._starting.add(name)
+        core = None if once else self._lent_core()
+        self._starting[name] = core
         try:
             child = await self._spawner.spawn(
                 "build",
                 {"cubin_cache": str(self._scratch / "cubins")},
                 name=name,
                 env={"CUDA_VISIBLE_DEVICES": ""},  # a context made here by accident would disturb what is measured
-                affinity=self._affinity,
+                affinity=self._affinity if core is None else (core,),
                 nice=self._nice,
+                stand_back=core is not None,
             )
             self._children.add(child)
+            if core is not None:
+                self._on_lent[child] = core
         finally:
-            self._starting.discard(name)
+            del self._starting[name]
         if self._paused:
             child.pause()
         return child
+
+    def _lent_core(self) -> int | None:
+        """A lent core for the next process; None when it is one of the others."""
+        on_lent = [*self._on_lent.values(), *(core for core in self._starting.values() if core is not None)]
+        others = len(self._children) + len(self._starting) - len(on_lent)
+        if others < self._places - len(self._lent):
+            return None
+        return next((core for core in self._lent if core not in on_lent), None)
 
     async def _give_back(self, child: Child, once: bool) -> None:
         self._builds[child] = self._builds.get(child, 0) + 1
@@ -255,6 +293,7 @@ class BuildPool:
 
     def _drop(self, child: Child) -> None:
         self._children.discard(child)
+        self._on_lent.pop(child, None)
         self._builds.pop(child, None)
 
 

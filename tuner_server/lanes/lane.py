@@ -70,6 +70,11 @@ class Lane:
         """How the share is granted."""
         return self.devices[0].partitions[0].kind
 
+    def prestart(self, tasks: int) -> None:
+        """Begin to start the processes that a search of so many operators needs; those that are there stay."""
+        self.search.prestart(tasks)
+        self.build.prestart()
+
     async def check(
         self, artifact: Artifact, workload: Workload, reference: Path | None, fallback: Artifact | None
     ) -> CheckOutcome:

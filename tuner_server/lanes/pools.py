@@ -16,6 +16,8 @@ from tuner_server.search.pool import SearchPool
 class WorkPools:
     """Search and build, on the cores that no measurement uses, or on all where none are left.
 
+    Builds take up what workers leave of their cores, too, where these may be lent.
+
     Args:
         config: Numbers of processes and deadlines.
         spawner: Starts the processes.
@@ -26,7 +28,7 @@ class WorkPools:
         self._config = config
         self._spawner = spawner
         self._scratch = scratch
-        self._spare: tuple[int, ...] | None = None
+        self._arranged: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._search: SearchPool | None = None
         self._build: BuildPool | None = None
         self._pause = timeline.Span("pause", "search and build", "paused")
@@ -44,17 +46,18 @@ class WorkPools:
         assert self._build is not None, "the pools have not been arranged"
         return self._build
 
-    async def arrange(self, spare: tuple[int, ...]) -> None:
+    async def arrange(self, spare: tuple[int, ...], lent: tuple[int, ...] = ()) -> None:
         """Have pools on these cores; called only while no job uses them.
 
         Args:
             spare: Cores that no measurement uses; empty: there are none, so all cores are used in turns.
+            lent: Cores of workers on which builds may run while these do nothing.
         """
-        if spare == self._spare:
+        if (spare, lent) == self._arranged:
             return
         await self.stop()
         config, cores = self._config, len(spare) or len(os.sched_getaffinity(0))
-        self.cores = cores
+        self.cores = cores + len(lent)
         search_processes = config.search_processes or _share_of(cores, 0.4)
         build_processes = config.build_processes or max(1, cores if not spare else _share_of(cores, 0.8))
         self._search = SearchPool(self._spawner, search_processes, SearchSettings(), affinity=spare)
@@ -65,27 +68,28 @@ class WorkPools:
             timeout_s=config.build_timeout_s,
             reference_timeout_s=config.reference_timeout_s,
             affinity=spare,
+            lent=lent,
         )
-        self._spare = spare
+        self._arranged = (spare, lent)
 
     def pause(self) -> None:
         """Stop the processes until :meth:`resume`; deadlines stand still."""
-        if self._spare is not None:
+        if self._arranged is not None:
             self._pause.begin()
             self.search.pause()
             self.build.pause()
 
     def resume(self) -> None:
         """Let the processes go on."""
-        if self._spare is not None:
+        if self._arranged is not None:
             self.search.resume()
             self.build.resume()
             self._pause.end()
 
     async def stop(self) -> None:
         """End the processes."""
-        if self._spare is not None:
-            self._spare = None
+        if self._arranged is not None:
+            self._arranged = None
             await self.search.stop()
             await self.build.stop()
 

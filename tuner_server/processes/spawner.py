@@ -121,6 +121,7 @@ class Spawner:
         env: Mapping[str, str] | None = None,
         affinity: Sequence[int] = (),
         nice: int = 0,
+        stand_back: bool = False,
         address_space_bytes: int = 0,
         on_exit: Callable[[Child], None] | None = None,
     ) -> Child:
@@ -133,6 +134,7 @@ class Spawner:
             env: Environment variables set in the child before it runs.
             affinity: Cores to pin it to; empty: all.
             nice: Added to its niceness.
+            stand_back: Whether it runs only while nobody else wants its cores (SCHED_IDLE).
             address_space_bytes: RLIMIT_AS; 0: none.
             on_exit: Called in the event loop when the child has ended.
 
@@ -148,6 +150,7 @@ class Spawner:
             "env": dict(env or {}),
             "affinity": list(affinity),
             "nice": nice,
+            "stand_back": stand_back,
             "address_space_bytes": address_space_bytes,
             "log": str(log_path),
         }

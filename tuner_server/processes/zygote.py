@@ -60,6 +60,8 @@ def _become(spawn: dict[str, Any], module: str, child_fd: int, zygote_pid: int) 
             os.sched_setaffinity(0, spawn["affinity"])
         if spawn["nice"]:
             os.nice(spawn["nice"])
+        if spawn["stand_back"]:
+            _stand_back()
         if spawn["address_space_bytes"]:
             resource.setrlimit(resource.RLIMIT_AS, (spawn["address_space_bytes"],) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -77,6 +79,14 @@ def _become(spawn: dict[str, Any], module: str, child_fd: int, zygote_pid: int) 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _stand_back() -> None:
+    """Run only while nobody else wants the processor: whoever does gets it at once (sched(7), SCHED_IDLE)."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:  # a sandbox that forbids it
+        os.nice(19)
 
 
 def _reap(control: socket.socket) -> None:

@@ -93,7 +93,9 @@ class Performer:
             case m.MeasureBaseline():
                 self._start(self._baseline(instruction))
             case m.OpenSession():
+                self.lane.prestart(sum(task.tunable for task in self.facts.spec.tasks))
                 self._opening[instruction.task] = self._start(self._open(instruction))
+                self._references.foresee(instruction.task)
             case m.Generate():
                 self._start(self._generate(instruction))
             case m.RunTrial():

@@ -55,8 +55,22 @@ class SearchPool:
         self._slots = [_Slot(f"search-{index}") for index in range(max(1, processes))]
         self._homes: dict[str, tuple[_Slot, Child]] = {}
         self._taught: set[tuple[int, str]] = set()
+        self._prestarting: set[asyncio.Task[Child]] = set()
         self._paused = False
         self._stopped = False
+
+    def prestart(self, sessions: int) -> None:
+        """Begin to start the processes that so many sessions will have, so that none has to wait for a fork."""
+        for slot in self._slots[:sessions]:
+            if slot.child is None:
+                starting = asyncio.create_task(self._child(slot))
+                self._prestarting.add(starting)
+                starting.add_done_callback(self._prestarted)
+
+    def _prestarted(self, starting: asyncio.Task[Child]) -> None:
+        self._prestarting.discard(starting)
+        if not starting.cancelled() and (error := starting.exception()) is not None:
+            log.warning("a search process did not start: %s", error)
 
     @property
     def sessions(self) -> int:
@@ -173,6 +187,7 @@ class SearchPool:
         """End the processes; every session is lost."""
         self._stopped = True
         self.resume()
+        await asyncio.gather(*self._prestarting, return_exceptions=True)
         children = [slot.child for slot in self._slots if slot.child is not None]
         await asyncio.gather(*(child.close() for child in children))
         self._homes.clear()

@@ -6,6 +6,8 @@ import socket
 from dataclasses import replace
 from typing import Any
 
+import xgboost  # noqa: F401 - before the fork: every search process would import it over its first ranking, for seconds
+
 from tuner_core.errors import UsageError
 from tuner_server.processes.child import WorkError, serve
 from tuner_server.processes.limits import limit_resources
