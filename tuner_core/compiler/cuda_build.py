@@ -23,8 +23,9 @@ from tuner_core.compiler.cuda_libraries import include_dirs, load_tvm_cuda_runti
 from tuner_core.compiler.cuda_source import rewritten
 from tuner_core.errors import TunerError
 
-MAX_STATEMENTS = 4000
-"""Candidates with more are not compiled: NVRTC takes 2 to 15 core-seconds for them, 0.3 for one of usual size."""
+MAX_STATEMENTS = 3000
+"""Candidates with more are not compiled: NVRTC takes 2 to 15 core-seconds for them, 0.3 for one of usual size, and no
+fast one had more (benchmarks/NOTES.md)."""
 _statement_limit: ContextVar[int] = ContextVar("statement_limit", default=0)
 _PREAMBLE = re.compile(r"\A\s*#ifdef __CUDACC_RTC__\n.*?\n#endif\n", re.DOTALL)
 _LIGHT_PREAMBLE = """\
