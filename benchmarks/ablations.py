@@ -1,6 +1,6 @@
 """What each smarter use of trials is worth: the same job with everything on, and with one thing off at a time.
 
-    python benchmarks/ablations.py [--device cpu|cuda:0] [--seeds 3] [--trials 24] [--name ablations-cpu]
+    python benchmarks/ablations.py [--device cpu|cuda] [--seeds 3] [--trials 24] [--name ablations-cpu]
 
 Real measurements on real servers. The job's operators are from the light ShuffleNet: the heaviest tunable one and every
 second after it, the model's convolution, and its three lightest. A job with other operators of that model fills the
@@ -35,6 +35,7 @@ from typing import Any
 
 import results
 from convergence import Sample, time_to_reach, time_to_settle, weighted_curve
+from devices import use_only
 from service import ServiceRun, server_target, tune_with_service
 from tasks import MODEL, light_model
 
@@ -170,13 +171,16 @@ def show(rows: Sequence[Mapping[str, Any]], bar_us: float) -> None:
 def main() -> None:
     """Run all variants, print, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda (the first visible GPU), cuda:N or cuda:UUID (default: cpu)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--trials", type=int, default=24, help="per operator (default: 24)")
     parser.add_argument("--variants", help="by commas (default: all)")
     parser.add_argument("--name", help="of the result file (default: ablations-cpu or ablations-cuda)")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the result file")
     arguments = parser.parse_args()
+    arguments.device = use_only(arguments.device)
     kind = arguments.device.partition(":")[0]
     variants = {**VARIANTS, **(GPU_VARIANTS if kind == "cuda" else {})}
     chosen = {name: {**ALL_ON, **variants[name]} for name in (arguments.variants or ",".join(variants)).split(",")}

@@ -338,7 +338,7 @@ def main() -> int:
     if options.stand_in:
         gpu = GpuInfo(0, f"GPU-{uuid.uuid4()}", "stand-in", "sm_90", 139 << 30, "default", False, "none", "13.0")
     else:
-        (gpu, *_) = choose_gpus(find_gpus(), "cuda:0")
+        (gpu, *_) = choose_gpus(find_gpus(), "cuda")
     try:
         rows = asyncio.run(run(options, gpu, work))
         lines = summary(rows)

@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 import results
-from model_job import common_options, markdown, milliseconds, model_file, ratio, traced_job
+from model_job import common_options, markdown, milliseconds, model_file, parsed, ratio, traced_job
 
 LAYOUTS = ("NHWC", "NCHW")
 CONVOLUTION = re.compile(
@@ -67,7 +67,7 @@ def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_options(parser, trials=400, name="fp16-layouts")
-    options = parser.parse_args()
+    options = parsed(parser)
     before, failures = results.machine(), {}
     rows: dict[str, dict[str, Any]] = {}
     with model_file(options, "float16") as model:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import results
+from devices import use_only
 from scipy.stats import kendalltau
 from tasks import plain_workloads
 
@@ -194,13 +195,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=40, help="per operator (default: 40)")
     parser.add_argument("--divisions", nargs="*", help=f"default: {' '.join(DIVISIONS)}")
-    parser.add_argument("--device", default="", help="cuda:INDEX or cuda:UUID (default: cuda:0)")
+    parser.add_argument(
+        "--device", default="", help="cuda, the first GPU that this process may see (default), cuda:INDEX or cuda:UUID"
+    )
     parser.add_argument("--budget-s", type=float, default=360, help="no division begins later (default: 360)")
     parser.add_argument("--out", type=Path, default=results.DIRECTORY)
     parser.add_argument("--name", default="gpu-partitions", help="of the result file (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    options.device = options.device or ("cpu" if options.rehearse else "cuda:0")
+    options.device = use_only(options.device or ("cpu" if options.rehearse else "cuda"))
     logging.basicConfig(level=logging.WARNING)
     asyncio.run(run(options))
 

@@ -1,15 +1,16 @@
-"""What builds on the host change about a measurement alone on the GPU: the data behind ``--pause-builds``.
+"""What builds on the host change about a measurement alone on the GPU: behind ``--pause-builds`` and ``--lend-cores``.
 
     python benchmarks/gpu_quiet_host.py [--rounds 12] [--kernels 24]
     python benchmarks/gpu_quiet_host.py --rehearse                  # on a CPU
 
-Candidates of short and long operators are measured alone, as promotion does, each in every round under each of three
+Candidates of short and long operators are measured alone, as promotion does, each in every round under each of four
 conditions, in turns: ``quiet``: search and build are stopped; ``apart``: the server's own build processes compile
-without a break on the cores that it gives them (no physical core is shared with a worker); ``everywhere``: as many
-processes as there are cores compute on all of them, the worker's own included, which is what must be avoided. Reported
-for each condition against ``quiet``, for kernels shorter and longer than the server's limit (50 us): ratio of medians,
-spread over the rounds, Kendall's tau, and the regret of publishing by it. If ``apart`` is like ``quiet`` for the short
-kernels too, ``--pause-builds never`` loses nothing. Under a minute.
+without a break on the cores that no worker has (no physical core is shared with a worker); ``idle class everywhere``:
+those on the workers' cores compile, too, in the scheduling class SCHED_IDLE; ``everywhere``: as many processes as
+there are cores compute on all of them, in the normal class, which is what must be avoided. Reported for each condition
+against ``quiet``, for kernels shorter and longer than the server's limit (50 us): ratio of medians, spread over the
+rounds, Kendall's tau, and the regret of publishing by it. If ``apart`` is like ``quiet`` for the short kernels too,
+``--pause-builds never`` loses nothing; if ``idle class everywhere`` is, nor does ``--lend-cores``. A minute and a half.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import results
+from devices import use_only
 from scipy.stats import kendalltau
 from tasks import plain_workloads
 
@@ -42,7 +45,9 @@ from tuner_server.measure.requests import MeasureRequest
 from tuner_server.partitions.host import LAUNCH_BOUND_US
 from tuner_server.trial import TrialFailed
 
-CONDITIONS = ("quiet", "apart", "everywhere")
+CONDITIONS = ("quiet", "apart", "idle class everywhere", "everywhere")
+CANDIDATES_TO_BUILD = 160
+"""More than a build process remembers, so that the load is compilation."""
 RUN_TIMEOUT_S = 10.0
 _SETTLE_S = 0.2
 
@@ -81,6 +86,9 @@ def spin() -> None:
 class Load:
     """What runs on the host beside a measurement: everything is started once, and stopped when it is not its turn.
 
+    Build processes on the workers' cores are the server's own: with autogroups (sched(7)), SCHED_IDLE counts only
+    within a session, and they share theirs with the workers.
+
     Args:
         engine: Whose build processes work.
         todo: Candidates to build, again and again.
@@ -116,8 +124,12 @@ class Load:
     @contextlib.contextmanager
     def during(self, condition: str) -> Iterator[None]:
         """Hold a condition for the length of the block."""
-        if condition == "apart":
+        if condition in ("apart", "idle class everywhere"):
             self._engine.build.resume()
+            if condition == "apart":
+                for pid in standing_back():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)  # until the next resume()
         elif condition == "everywhere":
             self._spin(signal.SIGCONT)
         try:
@@ -137,15 +149,35 @@ class Load:
             workload, trace = self._todo[at % len(self._todo)]
             at += 2 * len(self._spinning)
             try:
-                self._engine.build.release(await self._engine.build.build(workload, trace, self._target))
+                built = await self._engine.build.build(workload, trace, self._target)
+                shutil.rmtree(built.path.parent / "cubins", ignore_errors=True)  # or each would be compiled only once
+                self._engine.build.release(built)
                 self.builds += 1
             except TrialFailed as failure:
                 if "ended before it answered" in str(failure):
                     await asyncio.sleep(0.1)  # the pool is being stopped
 
 
+def standing_back() -> list[int]:
+    """Process ids of this program's descendants in the idle scheduling class."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(ProcessLookupError):
+            if os.sched_getscheduler(process.pid) == os.SCHED_IDLE:
+                found.append(process.pid)
+    return found
+
+
 def _all_cores() -> set[int]:
     return os.sched_getaffinity(0)
+
+
+def autogroups() -> bool:
+    """Whether the kernel divides its processors by session first."""
+    try:
+        return Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1"
+    except OSError:
+        return False
 
 
 def compared(quiet: list[list[float]], other: list[list[float]]) -> dict[str, float]:
@@ -211,11 +243,11 @@ async def run(options: argparse.Namespace) -> None:
         todo: list[tuple[Workload, str]] = []
         for task in tasks:
             await engine.search.open(task.digest, task, target, seed=0, known=[])
-            traces = await engine.search.generate(task.digest, 2 * each)
+            traces = await engine.search.generate(task.digest, max(2 * each, options.to_build // len(tasks)))
             await engine.search.close(task.digest)
             todo += [(task, trace) for trace in traces]
             done = await asyncio.gather(
-                *(engine.build.build(task, trace, target) for trace in traces), return_exceptions=True
+                *(engine.build.build(task, trace, target) for trace in traces[: 2 * each]), return_exceptions=True
             )
             built += [(task, one.path) for one in done if not isinstance(one, BaseException)][:each]
         kernels = []
@@ -226,6 +258,8 @@ async def run(options: argparse.Namespace) -> None:
                 kernels.append((task, path))
         print(f"{len(kernels)} kernels after {time.monotonic() - began:.0f} s", flush=True)
         async with Load(engine, todo, target) as load:
+            lent = len(standing_back())
+            print(f"{lent} build processes on the workers' cores, in the idle class", flush=True)
             latencies = await measure(engine, load, kernels, options.rounds, began + options.budget_s)
         rows = []
         for label, longer in (("short", False), ("long", True)):
@@ -239,7 +273,7 @@ async def run(options: argparse.Namespace) -> None:
                 row = {"condition": condition, "kernels": label, "count": len(chosen), **compared(quiet, other)}
                 rows.append(row)
                 print(
-                    f"{label:>6} ({len(chosen)}), {condition:<11} latency x {row['ratio_median']:.3f} "
+                    f"{label:>6} ({len(chosen)}), {condition:<21} latency x {row['ratio_median']:.3f} "
                     f"(worst {row['ratio_worst']:.3f}), spread {100 * row['spread']:.1f} %, tau {row['tau']:.3f}, "
                     f"regret {100 * row['regret']:.1f} %",
                     flush=True,
@@ -254,6 +288,8 @@ async def run(options: argparse.Namespace) -> None:
             directory=options.out,
             worker_cores=list(partition.affinity),
             build_cores=list(device.provider.spare_cores(device.partitions)),
+            build_processes_in_idle_class=lent,
+            autogroups=autogroups(),
             limit_us=LAUNCH_BOUND_US,
             rounds=len(latencies["quiet"][0]),
             builds_meanwhile=load.builds,
@@ -271,13 +307,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--kernels", type=int, default=20, help="in all (default: %(default)s)")
-    parser.add_argument("--device", default="", help="cuda:INDEX or cuda:UUID (default: cuda:0)")
+    parser.add_argument(
+        "--device", default="", help="cuda, the first GPU that this process may see (default), cuda:INDEX or cuda:UUID"
+    )
+    parser.add_argument("--to-build", type=int, default=CANDIDATES_TO_BUILD, help="meanwhile (default: %(default)s)")
     parser.add_argument("--budget-s", type=float, default=60, help="no round begins later (default: 60)")
     parser.add_argument("--out", type=Path, default=results.DIRECTORY)
     parser.add_argument("--name", default="gpu-quiet-host", help="of the result file (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    options.device = options.device or ("cpu:0" if options.rehearse else "cuda:0")
+    options.device = use_only(options.device or ("cpu:0" if options.rehearse else "cuda"))
     logging.basicConfig(level=logging.WARNING)
     try:
         asyncio.run(run(options))

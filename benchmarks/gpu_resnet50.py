@@ -15,7 +15,7 @@ import argparse
 import sys
 
 import results
-from model_job import common_options, markdown, model_file, traced_job
+from model_job import common_options, markdown, model_file, parsed, traced_job
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     common_options(parser, trials=1000, name="")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--layout", choices=("auto", "NHWC", "NCHW"), default="auto")
-    options = parser.parse_args()
+    options = parsed(parser)
     before = results.machine()
     with model_file(options, options.dtype) as model:
         name = options.name or f"{options.model or model.stem.removeprefix('light_').split('_')[0]}-{options.dtype}"

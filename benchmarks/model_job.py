@@ -14,6 +14,7 @@ from typing import Any
 
 import results
 import timeline
+from devices import use_only
 from service import running_server
 
 from tuner_client import Client
@@ -35,7 +36,11 @@ def common_options(parser: argparse.ArgumentParser, trials: int, name: str) -> N
         trials: Default budget of a job.
         name: Default name of the result file.
     """
-    parser.add_argument("--device", default="cuda:0", help="as for tuner-server (default: cuda:0); cpu: a rehearsal")
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        help="cuda, the first GPU that this process may see (default), cuda:INDEX or cuda:UUID; cpu: a rehearsal",
+    )
     parser.add_argument(
         "--model", help=f"a light model of the package onnx (default: resnet50; on a CPU {SMALL_MODEL})"
     )
@@ -47,6 +52,13 @@ def common_options(parser: argparse.ArgumentParser, trials: int, name: str) -> N
     parser.add_argument("--server-arguments", default="", help="more for tuner-server, as one word")
     parser.add_argument("--out", type=Path, default=results.DIRECTORY)
     parser.add_argument("--name", default=name, help="of the result files (default: %(default)s)")
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with one device for all that is run."""
+    options = parser.parse_args()
+    options.device = use_only(options.device)
+    return options
 
 
 def server_arguments(options: argparse.Namespace) -> list[str]:

@@ -1,6 +1,6 @@
 """Final latency after equally many trials, this service against stock's evolutionary search, over several seeds.
 
-    python benchmarks/quality.py [--device cpu|cuda:0] [--seeds 5] [--trials 64] [--alone] [--name quality-cpu]
+    python benchmarks/quality.py [--device cpu|cuda] [--seeds 5] [--trials 64] [--alone] [--name quality-cpu]
 
 For each seed, stock ``ms.tune_tasks`` with its defaults and this service with its defaults tune the same operators with
 the same number of trials in all. Stock gives each operator as many; the service gives them where they shorten the
@@ -22,6 +22,7 @@ from typing import Any
 
 import distribution
 import results
+from devices import use_only
 from service import server_target, tune_with_service
 from side_by_side import run_script
 from tasks import OPERATORS, BenchTask, bench_tasks, extract
@@ -108,7 +109,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 def main() -> None:
     """Run everything, print, write the result file and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda (the first visible GPU), cuda:N or cuda:UUID (default: cpu)"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
     parser.add_argument("--trials", type=int, default=64, help="per operator (default: 64)")
     parser.add_argument("--operators", help=f"kinds, by commas (default: cpu {','.join(OPERATORS)}; cuda conv2d)")
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the result file (default: quality-cpu or quality-cuda)")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the result file")
     arguments = parser.parse_args()
+    arguments.device = use_only(arguments.device)
     kind = arguments.device.partition(":")[0]
     operators = arguments.operators.split(",") if arguments.operators else OPERATORS if kind == "cpu" else ["conv2d"]
     name = arguments.name or f"quality-{kind}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from tests.integration.process_state import gone, wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import devices
 import gpu_all
 from gpu_layouts import convolution, pairs
-from gpu_quiet_host import compared
+from gpu_quiet_host import compared, standing_back
 from gpu_two_devices import ratios
 from model_job import markdown
+
+from tuner_server.gpu.inventory import GpuInfo, Inventory
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,33 @@ def test_a_busy_host_is_compared_with_a_quiet_one() -> None:
     found = compared(quiet, busy)
     assert (found["tau"], found["regret"], found["spread"]) == (-1, 1, 0)
     assert math.isclose(found["ratio_worst"], 3.3) and math.isclose(found["ratio_median"], 2.4)
+
+
+def test_build_processes_in_the_idle_class_are_told_from_others() -> None:
+    with subprocess.Popen(["sleep", "60"]) as normal, subprocess.Popen(["sleep", "60"]) as idle:
+        try:
+            os.sched_setscheduler(idle.pid, os.SCHED_IDLE, os.sched_param(0))
+            assert standing_back() == [idle.pid]
+        finally:
+            normal.kill()
+            idle.kill()
+
+
+@pytest.mark.parametrize(("asked", "uuid"), [("cuda", "GPU-1b"), ("cuda:0", "GPU-0a"), ("cuda:GPU-0", "GPU-0a")])
+def test_a_benchmark_uses_one_gpu_the_first_visible_one_if_none_is_named(
+    asked: str, uuid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = (
+        GpuInfo(1, "GPU-1b", "a GPU", "sm_90", 1 << 30, "default", False, "580", "13.0"),
+        GpuInfo(0, "GPU-0a", "a GPU", "sm_90", 1 << 30, "default", False, "580", "13.0"),
+    )  # as CUDA_VISIBLE_DEVICES=1,0 shows them
+    monkeypatch.setattr(devices, "find_gpus", lambda: Inventory(gpus))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert devices.use_only(asked) == f"cuda:{uuid}"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == uuid
+    assert devices.use_only("cpu:0") == "cpu:0"
+    with pytest.raises(SystemExit, match="error: cuda:2 names no GPU of this host"):
+        devices.use_only("cuda:2")
 
 
 def test_a_row_without_a_model_latency_or_a_timeline_can_be_shown() -> None:
