@@ -120,6 +120,34 @@ def test_a_job_runs_on_every_gpu_with_its_share_and_target_and_each_measurement_
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("lend", [True, False])
+def test_builds_get_the_idle_time_of_a_gpu_workers_core_unless_told_not_to(
+    gpus: list[GpuInfo], tmp_path: Path, lend: bool
+) -> None:
+    config = ServerConfig(
+        data_dir=tmp_path, devices=(DeviceSettings("cuda:0", sm_percent=25, workers=1),), lend_cores=lend
+    )
+
+    async def body() -> None:
+        running = Engine(config)
+        try:
+            await running.start()
+            (worker,) = running.workers()
+            running.build.prestart()
+            await asyncio.gather(*running.build._coming)
+            processes = [child.pid for child in running.build._children]
+            standing_back = [pid for pid in processes if os.sched_getscheduler(pid) == os.SCHED_IDLE]
+            assert os.sched_getscheduler(worker.pid) == os.SCHED_OTHER
+            assert [os.sched_getaffinity(pid) for pid in standing_back] == ([set(worker.affinity)] if lend else [])
+            assert all(
+                not os.sched_getaffinity(pid) & set(worker.affinity) for pid in set(processes) - set(standing_back)
+            )
+        finally:
+            await running.stop()
+
+    asyncio.run(body())
+
+
 def test_check_lists_every_gpu_with_mps_its_shares_and_one_measurement(gpus: list[GpuInfo], tmp_path: Path) -> None:
     config = ServerConfig(data_dir=tmp_path, devices=(DeviceSettings(partitions=(50, 25)),))
     findings = asyncio.run(run_checks(config))
