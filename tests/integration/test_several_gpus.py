@@ -124,6 +124,7 @@ def test_a_job_runs_on_every_gpu_with_its_share_and_target_and_each_measurement_
 def test_builds_get_the_idle_time_of_a_gpu_workers_core_unless_told_not_to(
     gpus: list[GpuInfo], tmp_path: Path, lend: bool
 ) -> None:
+    del gpus[1:]  # which would get their parts of the cores
     config = ServerConfig(
         data_dir=tmp_path, devices=(DeviceSettings("cuda:0", sm_percent=25, workers=1),), lend_cores=lend
     )
