@@ -7,7 +7,11 @@ on the GPU. For each way: core-seconds per candidate, the ratio of latencies to 
 the regret of picking by it. Then, for today's way: what it would cost in latency, and save in processor time, to refuse
 candidates with more statements than a limit, and how good the best candidate is after a share of the core-seconds when
 cheap ones are built first and when they are built in any order. ``--no-gpu`` compiles only. The candidates are drawn at
-random, whatever they cost. Two to three minutes on a GPU with 16 cores.
+random, whatever they cost.
+
+Core-seconds are those of warm processes, in which every way is the first, the second and so on equally often, without
+the cache that NVRTC 12.9 and later keeps on disk where it finds a driver. ``today, again`` says how far to trust them.
+Two to three minutes on a GPU with 16 cores.
 """
 
 from __future__ import annotations
@@ -29,10 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import results
+from devices import use_only
 from gpu_partitions import figures
 from tasks import plain_workloads
 
 from tuner_core.compiler.cuda_source import rewritten
+from tuner_server.gpu.inventory import find_gpus
 
 ARCH = "sm_90"
 TARGET = {
@@ -71,18 +77,36 @@ class Built:
     candidate: int
     variant: str
     path: str
+    order: int
     cpu_s: float
     nvrtc_cpu_s: float
     statements: int
     estimate: float = 1.0
 
 
-def compile_candidate(job: tuple[str, str, int, str, str, float]) -> list[Built]:
-    """Compile one candidate in all ways; runs in a process of its own.
+Job = tuple[str, str, int, str, str, float]
+"""Task, its body, number and trace of a candidate, folder for libraries, estimated cost of the build."""
+
+
+def rotated(turn: int) -> list[str]:
+    """The ways in an order in which each of them is at every place once in so many turns as there are ways."""
+    names, first = list(VARIANTS), turn % len(VARIANTS)
+    return names[first:] + names[:first]
+
+
+def begin_to_build(warming: Job) -> None:
+    """Make a process ready to be measured: what a first build loads, and what NVRTC finds on disk, is not counted.
 
     Args:
-        job: Task, its body, number and trace of the candidate, folder for libraries, estimated cost of the build.
+        warming: A candidate to build for nothing.
     """
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "CUDA_CACHE_DISABLE": "1"}  # before NVRTC looks
+    with tempfile.TemporaryDirectory() as folder:
+        compile_candidate((*warming[:4], folder, warming[5]))
+
+
+def compile_candidate(job: Job) -> list[Built]:
+    """Compile one candidate in all ways, in a process that :func:`begin_to_build` made ready."""
     task, body, number, trace, folder, estimate = job
     import tvm_ffi
     from tvm.target import Target
@@ -93,9 +117,9 @@ def compile_candidate(job: tuple[str, str, int, str, str, float]) -> list[Built]
     from tuner_server.build.compile import compile_module
 
     cuda_build.enable_cuda_builds()
-    nvrtc.compile_cubin("__global__ void warm() {}", cuda_build.nvrtc_options(ARCH))  # loading it is not counted
     built = []
-    for name, (change, options) in VARIANTS.items():
+    for order, name in enumerate(rotated(number)):
+        change, options = VARIANTS[name]
         said: dict[str, Any] = {}
 
         def callback(
@@ -111,7 +135,7 @@ def compile_candidate(job: tuple[str, str, int, str, str, float]) -> list[Built]
             return cubin
 
         tvm_ffi.register_global_func("tvm_callback_cuda_compile", callback, override=True)
-        path = Path(folder) / f"{task}-{number}-{len(built)}.so"
+        path = Path(folder) / f"{task}-{number}-{order}.so"
         start = time.process_time()
         try:
             compile_module(apply_trace(load_workload(body), trace).mod, Target(TARGET), path)
@@ -119,7 +143,7 @@ def compile_candidate(job: tuple[str, str, int, str, str, float]) -> list[Built]
             print(f"{task} {number} {name}: {str(error).strip().splitlines()[-1][:100]}", flush=True)
             return []
         cpu_s = time.process_time() - start
-        built.append(Built(task, number, name, str(path), cpu_s, said["nvrtc"], said["statements"], estimate))
+        built.append(Built(task, number, name, str(path), order, cpu_s, said["nvrtc"], said["statements"], estimate))
     return built
 
 
@@ -184,8 +208,12 @@ def report(built: list[Built], measured: dict[tuple[str, int, str], float]) -> l
             "variant": variant,
             "core_s": quantiles([one.cpu_s for one in of_variant]),
             "nvrtc_core_s": quantiles([one.nvrtc_cpu_s for one in of_variant]),
+            "other_core_s": quantiles([one.cpu_s - one.nvrtc_cpu_s for one in of_variant]),
         }
         line = f"{variant:<18} core-s " + " ".join(f"{key} {value:6.3f}" for key, value in row["core_s"].items())
+        line += "; mean of " + ", ".join(
+            f"{part} {row[f'{key}_core_s']['mean']:.3f}" for part, key in (("NVRTC", "nvrtc"), ("the rest", "other"))
+        )
         for task in tasks if measured else ():
             numbers = [number for name, number, way in measured if name == task and way == variant]
             before = [measured[task, number, "today"] for number in numbers]
@@ -282,6 +310,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results.DIRECTORY)
     arguments = parser.parse_args()
     machine = results.machine()
+    gpu = None
+    if not arguments.no_gpu:
+        use_only("cuda")
+        gpu = find_gpus().gpus[0]
 
     from tuner_core.compiler.tvm_setup import leave_torch_out
 
@@ -304,7 +336,9 @@ def main() -> None:
         print(f"{len(jobs)} candidates drawn", flush=True)
         processes = max(1, len(os.sched_getaffinity(0)) - 1)
         # forked before this process touches the device, with TVM imported
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        with ProcessPoolExecutor(
+            processes, multiprocessing.get_context("fork"), initializer=begin_to_build, initargs=(jobs[0],)
+        ) as pool:
             built = [one for ways in pool.map(compile_candidate, jobs) for one in ways]
         measured: dict[tuple[str, int, str], float] = {}
         if not arguments.no_gpu:
@@ -317,8 +351,17 @@ def main() -> None:
          "latency_us": measured.get((one.task, one.candidate, one.variant))}
         for one in built
     ]  # fmt: skip
-    print(results.write("build-variants", rows, device=ARCH, driver=None, machine_before=machine,
-                        directory=arguments.out, target=TARGET, candidates=candidates))  # fmt: skip
+    written = results.write(
+        "build-variants",
+        rows,
+        device=gpu.name if gpu else ARCH,
+        driver=gpu.driver_version if gpu else None,
+        machine_before=machine,
+        directory=arguments.out,
+        target=TARGET,
+        candidates=candidates,
+    )
+    print(f"written to {written}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tests.integration.process_state import gone, wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import build_variants
 import devices
 import gpu_all
 from gpu_layouts import convolution, pairs
@@ -80,6 +81,12 @@ def test_a_busy_host_is_compared_with_a_quiet_one() -> None:
     found = compared(quiet, busy)
     assert (found["tau"], found["regret"], found["spread"]) == (-1, 1, 0)
     assert math.isclose(found["ratio_worst"], 3.3) and math.isclose(found["ratio_median"], 2.4)
+
+
+def test_every_way_to_build_is_at_every_place_equally_often() -> None:
+    orders = [build_variants.rotated(turn) for turn in range(len(build_variants.VARIANTS))]
+    for place in zip(*orders, strict=True):
+        assert sorted(place) == sorted(build_variants.VARIANTS)
 
 
 def test_build_processes_in_the_idle_class_are_told_from_others() -> None:
