@@ -235,6 +235,9 @@ def markdown(title: str, row: dict[str, Any], device: str, operators: int = 12) 
             f"| busy between them | {busy}; bottleneck: {figures['bottleneck']} |",
             f"| core-seconds per trial | {each} |",
         ]
+        if figures.get("overhead_ms") is not None:
+            beside = f"{figures['overhead_ms']:.2f} ms (median)"
+            lines.append(f"| a worker's time for a trial beside runs of the candidate | {beside} |")
     if "picture" in figures:
         lines += ["", f"![timeline]({figures['picture']})"]
     lines += ["", "| operator | calls | untuned, us | tuned, us | | trials |", "|---|---|---|---|---|---|"]

@@ -159,6 +159,10 @@ def show_timeline(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"\n{row['label']}")
         print(f"  CPU core-seconds per trial by stage: {each}; together {together:.3f}")
         print(f"  partition busy share: {100 * figures['partitions_busy']:.1f} %")
+        if figures["overhead_ms"] is not None:
+            print(
+                f"  a worker's time for a trial beside runs of the candidate: {figures['overhead_ms']:.2f} ms (median)"
+            )
         busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in figures["busy"].items())
         print(f"  busy share by stage: {busy}; bottleneck: {figures['bottleneck']}")
 

@@ -16,6 +16,7 @@ import argparse
 import html
 import itertools
 import json
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,8 @@ class Figures:
         partitions_busy: Share of the time for which a partition measures, promotion included; mean of all partitions.
         server_cpu_s: Processor seconds of the server process; None when it was killed.
         cpu_s_per_trial: Processor seconds of each stage for a trial, over the whole run.
+        overhead_ms: Median over the trials of what a worker's time for one holds beside runs of the candidate: reading
+            the request, loading, arguments, calls of the timer, the answer. None where the trace does not say.
     """
 
     seconds: float
@@ -92,6 +95,7 @@ class Figures:
     partitions_busy: float
     server_cpu_s: float | None
     cpu_s_per_trial: dict[str, float]
+    overhead_ms: float | None
 
 
 def read(path: Path) -> tuple[list[Worker], dict[str, list[Interval]], float | None]:
@@ -161,6 +165,12 @@ def analyse(workers: list[Worker], queues: dict[str, list[Interval]], server_cpu
     if server_cpu_s is not None:
         cpu["server"] = server_cpu_s / len(ends)
     working = {stage: figures.busy for stage, figures in stages.items() if stage != "pause"}
+    overheads = [
+        (end - begin) / 1e3 - 1e3 * about["device_s"]
+        for worker in workers
+        for begin, end, what, about in worker.slices
+        if (worker.stage, what) == TRIAL and "device_s" in about
+    ]
     measuring = [stages[stage].workers for stage in ("measure", "promotion") if stage in stages]
     return Figures(
         seconds=(window[1] - window[0]) / 1e6,
@@ -171,6 +181,7 @@ def analyse(workers: list[Worker], queues: dict[str, list[Interval]], server_cpu
         partitions_busy=sum(map(sum, map(dict.values, measuring))) / len(set().union(*measuring)),
         server_cpu_s=server_cpu_s,
         cpu_s_per_trial=cpu,
+        overhead_ms=statistics.median(overheads) if overheads else None,
     )
 
 
@@ -215,6 +226,8 @@ def show(figures: Figures) -> str:
     each = "  ".join(f"{stage} {seconds:.3f}" for stage, seconds in figures.cpu_s_per_trial.items())
     lines.append(f"core-seconds per trial: {each}, together {sum(figures.cpu_s_per_trial.values()):.3f}")
     lines.append(f"partitions busy {100 * figures.partitions_busy:.1f} % of the time")
+    if figures.overhead_ms is not None:
+        lines.append(f"a worker's time for a trial beside runs of the candidate: {figures.overhead_ms:.2f} ms (median)")
     busy = figures.stages[figures.bottleneck].busy
     lines.append(f"bottleneck: {figures.bottleneck}, busy {100 * busy:.1f} % of the time")
     return "\n".join(lines)
@@ -291,6 +304,7 @@ def document(figures: Figures) -> dict[str, Any]:
         "partitions_busy": figures.partitions_busy,
         "waiting": figures.waiting,
         "cpu_s_per_trial": figures.cpu_s_per_trial,
+        "overhead_ms": figures.overhead_ms,
     }
 
 

@@ -41,6 +41,22 @@ def test_a_stage_is_busy_for_the_mean_of_its_workers_between_the_first_and_the_l
     assert figures.cpu_s_per_trial == {"build": 1.0, "server": 1.0}
 
 
+def test_what_a_trial_costs_a_worker_beside_the_candidate_is_the_rest_of_its_slice() -> None:
+    measured = benchmark.Worker(
+        "measure",
+        "measure-0",
+        [
+            (0.0, 40_000.0, "measure", {"device_s": 0.037}),
+            (50_000.0, 92_000.0, "measure", {"device_s": 0.040}),
+            (100_000.0, 190_000.0, "measure", {"device_s": 0.040}),  # which loaded large arguments
+            (200_000.0, 900_000.0, "check", {}),
+        ],
+    )
+    assert benchmark.analyse([measured], {}, None).overhead_ms == pytest.approx(3.0)
+    untold = worker("measure", "measure-0", (0, 10), (20, 30))
+    assert benchmark.analyse([untold], {}, None).overhead_ms is None
+
+
 def test_a_process_that_works_in_the_place_of_another_makes_a_stage_no_less_busy() -> None:
     figures = benchmark.analyse(
         [

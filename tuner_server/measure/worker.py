@@ -122,21 +122,26 @@ class Worker:
             args: ``artifact``, ``args_info``, ``evaluator`` (number, repeat, min_repeat_ms), ``give_up_above_us``.
 
         Returns:
-            ``samples_us``; ``gave_up``: whether a first, perhaps shorter sample was so slow that no other was taken.
+            ``samples_us``; ``gave_up``: whether a first, perhaps shorter sample was so slow that no other was taken;
+            ``device_s``: for how many seconds the candidate itself ran.
         """
         evaluator, limit_us = args["evaluator"], args.get("give_up_above_us")
         number, repeat = int(evaluator["number"]), int(evaluator["repeat"])
         min_repeat_ms = int(evaluator["min_repeat_ms"])
         library = self._load(args["artifact"])
         arguments = self._attempt(lambda: self._cache.get(args["args_info"]))
+        device_s = 0.0
 
         def sample(number: int, repeat: int) -> list[float]:
+            nonlocal device_s
             timer = library.time_evaluator(_ENTRY, self._device, number=number, repeat=repeat, min_repeat_ms=0)
-            return [seconds * 1e6 for seconds in timer(*arguments).results]
+            results = timer(*arguments).results
+            device_s += number * sum(results) + results[0]  # TVM calls it once before it looks at the clock
+            return [seconds * 1e6 for seconds in results]
 
         calls, glance_us = self._attempt(lambda: _calibrate(sample, number, min_repeat_ms * 1000.0))
         if limit_us is not None and glance_us > _SURELY * limit_us and math.isfinite(glance_us):
-            return {"samples_us": [glance_us], "gave_up": True}
+            return {"samples_us": [glance_us], "gave_up": True, "device_s": device_s}
         first = 1 if limit_us is not None else repeat
         samples = self._attempt(lambda: sample(calls, first))
         gave_up = limit_us is not None and samples[0] > limit_us
@@ -144,7 +149,7 @@ class Worker:
             samples += self._attempt(lambda: sample(calls, repeat - first))
         if not all(math.isfinite(value) and value > 0 for value in samples):
             raise WorkError(FailureKind.RUN_ERROR, f"the timer returned {samples}")
-        return {"samples_us": samples, "gave_up": gave_up}
+        return {"samples_us": samples, "gave_up": gave_up, "device_s": device_s}
 
     def check(self, args: dict[str, Any]) -> dict[str, Any]:
         """Compare an artifact's outputs with a reference.

@@ -125,6 +125,8 @@ class Child:
                 with timeline.slice(self.role, self.name, op) as about:
                     reply = await self._within(exchange, timeout_s)
                     about["cpu_s"] = (reply or {}).get("cpu_s", 0.0)
+                    if "device_s" in (measured := (reply or {}).get("result", {})):
+                        about["device_s"] = round(measured["device_s"], 6)
             except BaseException:  # also when the caller is cancelled: the answer would confuse the next request
                 exchange.cancel()
                 self._abandoned = True
