@@ -5,12 +5,14 @@ stock's evaluator settings; and one worker with all of it, as stock has. The win
 whole GPU and on a quarter of it.
 """
 
+from devices import use_only
 from side_by_side import STOCK_EVALUATOR, Side, compare
 from tasks import gpu_tasks
 
 QUARTERS = ("--sm-percent", "25", "--workers", "4")
 
 if __name__ == "__main__":
+    use_only("cuda")
     compare(
         "cuda",
         gpu_tasks,

@@ -353,7 +353,6 @@ def main() -> int:
             summary=lines,
         )
     finally:
-        shutil.rmtree(work / "artifacts", ignore_errors=True)
         if options.stand_in:
             (LOCK_DIRECTORY / f"tuner-{gpu.uuid}.lock").unlink(missing_ok=True)
     print(f"\n{'fault':24} {'recorded':16} median  worst  limit  (seconds until all workers measure again)")
@@ -361,8 +360,11 @@ def main() -> int:
         median, worst = line["recovery_median_s"], line["recovery_worst_s"]
         times = f"{median:6.2f} {worst:6.2f} {line['limit_s']:6.1f}" if worst is not None else " " * 20
         print(f"{line['fault']:24} {', '.join(line['recorded']):16} {times}  {'ok' if line['ok'] else 'FAIL'}")
-    print(f"wrote {path}; logs in {work}")
-    return 0 if all(line["ok"] for line in lines) else 1
+    good = all(line["ok"] for line in lines)
+    print(f"wrote {path}" if good else f"wrote {path}; logs in {work}")
+    if good and options.out:
+        shutil.rmtree(work, ignore_errors=True)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

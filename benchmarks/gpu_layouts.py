@@ -1,10 +1,11 @@
 """A half-precision model in NHWC beside the same in NCHW, tuned at a share of one GPU.
 
-    python benchmarks/gpu_layouts.py [--trials 400] [--model resnet50]
+    python benchmarks/gpu_layouts.py [--trials 300] [--model resnet50]
     python benchmarks/gpu_layouts.py --device cpu --trials 16         # rehearsal, with a small model
 
 Two jobs like those of ``gpu_resnet50.py``, one for each layout. Convolutions are compared one by one (by what they
-compute, whatever the layout), and the whole models. Writes ``fp16-layouts.json``, ``.md`` and two timelines.
+compute, whatever the layout), and the whole models. Writes ``fp16-layouts.json``, ``.md`` and two timelines. Two to
+three minutes.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def pairs(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_options(parser, trials=400, name="fp16-layouts")
+    common_options(parser, trials=300, name="fp16-layouts")
     options = parsed(parser)
     before, failures = results.machine(), {}
     rows: dict[str, dict[str, Any]] = {}

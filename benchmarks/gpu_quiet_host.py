@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--name", default="gpu-quiet-host", help="of the result file (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    options.device = use_only(options.device or ("cpu:0" if options.rehearse else "cuda"))
+    options.device = use_only(options.device or (f"cpu:{min(_all_cores())}" if options.rehearse else "cuda"))
     logging.basicConfig(level=logging.WARNING)
     try:
         asyncio.run(run(options))
