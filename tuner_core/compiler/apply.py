@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from tuner_core.compiler.fallback import fallback_schedule, is_gpu
 from tuner_core.compiler.trace import apply_trace, is_empty
 from tuner_core.compiler.tvm_setup import load_tvm
-from tuner_core.compiler.workload import canonical_module, digest_of, normalise
+from tuner_core.compiler.workload import canonical_body, module_from_body, normalise
 from tuner_core.errors import InvalidRecordError, TunerError
+from tuner_core.model import sha256_hex
 
 if TYPE_CHECKING:
     from tvm.ir import GlobalVar, IRModule
@@ -80,7 +81,7 @@ def apply_schedules(prepared: IRModule, target: Target, traces: Mapping[str, str
     matched: set[str] = set()
     # before scheduling: only an unscheduled reshape is recognised, and becomes a view instead of a copy
     result = relax.transform.RewriteDataflowReshape()(prepared)
-    for group in _equal_functions(functions):
+    for group in _equal_functions(functions, with_bodies=bool(traces)):
         scheduled, digest, problem = _schedule_group(group, target, traces)
         for var, function in group.members:
             result.update_func(result.get_global_var(var.name_hint), _with_attributes_of(function, scheduled))
@@ -105,14 +106,16 @@ class _Group:
 
     module: Any
     members: list[tuple[GlobalVar, PrimFunc]]
-    by_digest: dict[str, Any]
+    bodies: dict[str, str]
+    """Canonical JSON by digest."""
 
     @property
     def digests(self) -> list[str]:
-        return list(self.by_digest)
+        return list(self.bodies)
 
 
-def _equal_functions(functions: Mapping[GlobalVar, PrimFunc]) -> list[_Group]:
+def _equal_functions(functions: Mapping[GlobalVar, PrimFunc], *, with_bodies: bool) -> list[_Group]:
+    """Groups of functions; their bodies, 10 ms each, only when asked for."""
     import tvm_ffi
 
     by_hash: dict[int, list[_Group]] = {}
@@ -126,19 +129,21 @@ def _equal_functions(functions: Mapping[GlobalVar, PrimFunc]) -> list[_Group]:
             candidates.append(group)
             groups.append(group)
         group.members.append((var, function))
-        group.by_digest.setdefault(digest_of(module), module)
+        if with_bodies:
+            body = canonical_body(module)
+            group.bodies.setdefault(sha256_hex(body), body)
     return groups
 
 
 def _schedule_group(group: _Group, target: Target, traces: Mapping[str, str]) -> tuple[PrimFunc, str | None, str]:
     """The scheduled function, the digest whose trace it runs (None: fallback), and why a trace did not apply."""
     problem = ""
-    for digest, module in group.by_digest.items():
+    for digest, body in group.bodies.items():
         trace = traces.get(digest)
         if trace is None or is_empty(trace):
             continue
         try:
-            scheduled = apply_trace(canonical_module(module), trace).mod["main"]
+            scheduled = apply_trace(module_from_body(body), trace).mod["main"]
         except InvalidRecordError as error:
             problem = str(error)
             continue

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -93,6 +94,8 @@ def light_source(source: str) -> str | None:
 class CubinCache:
     """Cubins by the hash of what they were compiled from: in memory, and in a directory that processes share.
 
+    Threads may share one.
+
     Args:
         directory: Where to keep them; None: memory only. Whoever owns the directory removes it.
         capacity: Cubins kept in memory.
@@ -102,6 +105,7 @@ class CubinCache:
         self.directory = directory
         self._capacity = capacity
         self._recent: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     @staticmethod
     def key(source: str, arch: str) -> str:
@@ -110,9 +114,10 @@ class CubinCache:
 
     def get(self, key: str) -> bytes | None:
         """A cubin that was put before, by this process or another."""
-        if key in self._recent:
-            self._recent.move_to_end(key)
-            return self._recent[key]
+        with self._lock:
+            if key in self._recent:
+                self._recent.move_to_end(key)
+                return self._recent[key]
         if self.directory is None:
             return None
         try:
@@ -122,9 +127,10 @@ class CubinCache:
 
     def put(self, key: str, cubin: bytes) -> None:
         """Keep a cubin. A full or vanished directory costs only the sharing."""
-        self._recent[key] = cubin
-        while len(self._recent) > self._capacity:
-            self._recent.popitem(last=False)
+        with self._lock:
+            self._recent[key] = cubin
+            while len(self._recent) > self._capacity:
+                self._recent.popitem(last=False)
         if self.directory is not None:
             with contextlib.suppress(OSError):
                 fd, name = tempfile.mkstemp(dir=self.directory)
