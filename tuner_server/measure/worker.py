@@ -123,7 +123,7 @@ class Worker:
 
         Returns:
             ``samples_us``; ``gave_up``: whether a first, perhaps shorter sample was so slow that no other was taken;
-            ``device_s``: for how many seconds the candidate itself ran.
+            ``device_s``: for how many seconds the candidate itself ran, TVM's one untimed call before each sample aside.
         """
         evaluator, limit_us = args["evaluator"], args.get("give_up_above_us")
         number, repeat = int(evaluator["number"]), int(evaluator["repeat"])
@@ -136,7 +136,7 @@ class Worker:
             nonlocal device_s
             timer = library.time_evaluator(_ENTRY, self._device, number=number, repeat=repeat, min_repeat_ms=0)
             results = timer(*arguments).results
-            device_s += number * sum(results) + results[0]  # TVM calls it once before it looks at the clock
+            device_s += number * sum(results)
             return [seconds * 1e6 for seconds in results]
 
         calls, glance_us = self._attempt(lambda: _calibrate(sample, number, min_repeat_ms * 1000.0))
