@@ -123,7 +123,7 @@ class Worker:
 
         Returns:
             ``samples_us``; ``gave_up``: whether a first, perhaps shorter sample was so slow that no other was taken;
-            ``device_s``: for how many seconds the candidate itself ran, TVM's one untimed call before each sample aside.
+            ``device_s``: for how many seconds the candidate itself ran, the untimed call before each sample aside.
         """
         evaluator, limit_us = args["evaluator"], args.get("give_up_above_us")
         number, repeat = int(evaluator["number"]), int(evaluator["repeat"])
