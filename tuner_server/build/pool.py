@@ -24,6 +24,10 @@ from tuner_server.trial import TrialFailed
 __all__ = ["Artifact", "BuildPool", "FallbackBuild", "ModelBuild"]
 
 MODEL_TIMEOUT_S = 900.0
+_NO_GPU = {
+    "CUDA_VISIBLE_DEVICES": "",  # a context made here by accident would disturb what is measured
+    "CUDA_CACHE_DISABLE": "1",  # NVRTC would ask the driver for its cache with every kernel
+}
 CPU_LIMIT_S = 5
 """A usual candidate takes half a second; what takes ten times as long would be one of the slow ones."""
 
@@ -261,7 +265,7 @@ class BuildPool:
                 "build",
                 {"cubin_cache": str(self._scratch / "cubins")},
                 name=name,
-                env={"CUDA_VISIBLE_DEVICES": ""},  # a context made here by accident would disturb what is measured
+                env=_NO_GPU,
                 affinity=self._affinity if core is None else (core,),
                 nice=self._nice,
                 stand_back=core is not None,
