@@ -197,3 +197,23 @@ def test_half_precision_is_called_fp16() -> None:
 )
 def test_trials_go_to_contractions_of_some_size(compute: Any, shapes: Any, worth: bool) -> None:
     assert [task.tunable for task in prepared(compute, *shapes).tasks] == [worth]
+
+
+def test_a_graph_is_loaded_as_tvm_loads_it_also_one_of_an_older_version() -> None:
+    import tvm
+    import tvm_ffi
+
+    from tuner_core.compiler.graph import load_graph
+
+    body = workload_from_module(_scaled_sum("A", "k")).body
+    expected = tvm.ir.load_json(body)
+    old = json.loads(body)
+    old["metadata"]["tvm_version"] = "0.20.0"
+    for node in old["nodes"]:
+        if node["type"] == "ir.Var":
+            node["type"] = "tirx.Var"
+            node["data"]["name_hint"] = node["data"].pop("name")
+    twice = body.replace('"root_index":', '"root_index":0,"root_index":')  # a check in Python sees the second one
+    assert twice != body
+    for text in (body, json.dumps(old), twice):
+        assert tvm_ffi.structural_equal(load_graph(text), expected)

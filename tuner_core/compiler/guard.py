@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tuner_core.compiler.graph import load_graph
 from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.errors import UsageError
 
@@ -100,7 +101,7 @@ def _load(text: str) -> IRModule:
     import tvm
 
     try:
-        module = tvm.ir.load_json(text)
+        module = load_graph(text)
     except Exception as error:  # anything that TVM's loader trips over
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"the IR cannot be read: {lines[-1][:200]}") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from tuner_core.compiler.graph import is_reference
+from tuner_core.compiler.graph import is_reference, load_graph
 from tuner_core.compiler.tvm_setup import load_tvm
 from tuner_core.errors import InvalidRecordError
 from tuner_core.model import Workload, canonical_json, sha256_hex
@@ -108,7 +108,7 @@ def module_from_body(body: str) -> IRModule:
     import tvm
 
     try:
-        mod = tvm.ir.load_json(body)
+        mod = load_graph(body)
     except Exception as error:  # TVM raises anything from KeyError to InternalError here
         raise InvalidRecordError(f"a workload's body cannot be read: {_first_line(error)}") from None
     if not isinstance(mod, tvm.IRModule) or [var.name_hint for var in mod.get_global_vars()] != ["main"]:

@@ -16,6 +16,7 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 from tvm.target.codegen import llvm_get_system_cpu
 
+from tuner_core.compiler.graph import load_graph
 from tuner_server.build.compile import compile_module
 from tuner_server.build.reference_loops import in_fast_order
 from tuner_server.measure.arguments import plan_arguments
@@ -75,7 +76,7 @@ def _compile(mod: tvm.IRModule, library: Path) -> None:
 
 
 def _in_single_precision(mod: tvm.IRModule) -> tvm.IRModule:
-    return tvm.ir.load_json(_HALF.sub('"float32"', tvm.ir.save_json(mod)))
+    return load_graph(_HALF.sub('"float32"', tvm.ir.save_json(mod)))
 
 
 def _dtypes(mod: tvm.IRModule) -> list[str]:
