@@ -130,6 +130,12 @@ class Engine:
         """Candidates in one batch of a search."""
         return self._config.batch or _BATCH
 
+    @property
+    def limits(self) -> Limits:
+        """How much of a job is in flight, on the cores that search and build have now."""
+        assert self._pools is not None, "the engine has not been started"
+        return Limits.for_cores(self.batch, _IN_FLIGHT_PER_CORE * self._pools.cores)
+
     def workers(self) -> list[WorkerSnapshot]:
         """The workers of all devices as they are now."""
         return [worker for device in self.devices for worker in device.fleet.workers()]
@@ -345,6 +351,6 @@ class Engine:
             tvm_version=self.tvm_version,
             evaluator=self.evaluator,
             run_timeout_s=self.run_timeout_s,
-            limits=Limits.for_cores(self.batch, _IN_FLIGHT_PER_CORE * self._pools.cores),
+            limits=self.limits,
             gathering=self._gathering,
         )

@@ -80,6 +80,7 @@ class ReplayInstance:
     seed: int = 0
     factor: float = 1.0
     draining: bool = False
+    wanted: int = 0
     restarts: int = 0
     records: dict[str, dict[str, float | None]] = field(default_factory=dict)
     worked: set[tuple[str, int]] = field(default_factory=set)

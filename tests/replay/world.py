@@ -88,6 +88,7 @@ class World:
         faults: int = 0,
         span_s: float = 40.0,
         network_s: tuple[float, float] = (0.001, 0.05),
+        connect_s: float = 1.0,
     ) -> None:
         self.rng = random.Random(seed)
         self.settings = settings
@@ -109,7 +110,7 @@ class World:
         self._network_s = network_s
         self._wakes: dict[str, float] = {}
         for name in self.links:
-            self.at(self.rng.uniform(0, 1), lambda name=name: self._connect(name))
+            self.at(self.rng.uniform(0, connect_s), lambda name=name: self._connect(name))
         for _ in range(faults):
             self._plan_fault(self.rng.uniform(0.5, span_s))
         self.at(0.0, self._tick)
@@ -245,7 +246,7 @@ class World:
         if link.incarnation != one.incarnation:
             link.incarnation, link.cursor = one.incarnation, 0
         link.connected = True
-        self.feed(m.InstanceJoined(self.now_s, name, one.incarnation, one.workers, one.batch, one.draining))
+        self.feed(m.InstanceJoined(self.now_s, name, one.incarnation, one.workers, one.batch, one.draining, one.wanted))
         self._gather(link)
         self._listen(name)
         self._pulse(name, one.incarnation)

@@ -20,6 +20,7 @@ class Bench:
         plans = [TaskPlan(f"t{i}", 1, True, 10.0 - i) for i in range(tasks)]
         plans += [TaskPlan(f"u{i}", 1, False) for i in range(untunable)]
         wait_s = more.pop("wait_s", None)
+        self.in_flight = more.pop("in_flight", 0)
         self.machine = LeaseMachine(plans, trials, LeaseSettings(heartbeat_s=H, wait_s=wait_s), **more)
         self.now = 0.0
         self.trial = 0
@@ -29,7 +30,7 @@ class Bench:
         return self.machine.handle(kind(self.now, *values, **named))
 
     def join(self, name: str, incarnation: str = "1") -> list[m.Instruction]:
-        return self.feed(m.InstanceJoined, name, incarnation, 1, BATCH)
+        return self.feed(m.InstanceJoined, name, incarnation, 1, BATCH, in_flight=self.in_flight)
 
     def accept(self, out: list[m.Instruction]) -> list[m.Instruction]:
         """The instances take what they are given; what follows from that."""
@@ -96,12 +97,44 @@ def test_a_lease_is_extended_under_its_token_before_it_runs_dry() -> None:
         assert lease.outstanding >= BATCH
 
 
+def test_what_is_added_to_a_lease_before_its_instance_answers_is_told_with_the_answer() -> None:
+    bench = Bench(tasks=1, trials=400, in_flight=32)
+    (first,) = grants(bench.join("a"))
+    (lease,) = bench.machine.board.tasks["t0"].leases.values()
+    assert lease.trials > first.trials  # more was decided on at once, but cannot be said yet
+    told = grants(bench.feed(m.LeaseAccepted, "a", "t0", first.token))
+    assert [(one.token, one.trials) for one in told] == [(first.token, lease.trials)]
+
+
+def test_an_instance_is_leased_as_many_trials_as_it_says_it_needs_in_flight_and_a_batch_more() -> None:
+    bench = Bench(tasks=12, trials=1000, in_flight=72)
+    for name in ("a", "b"):
+        bench.accept(bench.join(name))
+    for _ in range(20):
+        for task, (name, token) in bench.leases().items():
+            bench.accept(bench.measure(name, task, token, 1))
+        for one in bench.machine.board.instances.values():
+            assert 72 <= one.outstanding <= 72 + BATCH
+
+
+def test_a_task_that_hardly_gains_still_keeps_its_instance_busy_when_there_is_nothing_better_for_it() -> None:
+    bench = Bench(tasks=12, trials=1000, in_flight=72)
+    for name in ("a", "b"):
+        bench.accept(bench.join(name))
+    matters = next(task for task, (name, _) in bench.leases().items() if name == "a")
+    for _ in range(60):
+        for task, (name, token) in bench.leases().items():
+            bench.accept(bench.measure(name, task, token, 1, 1000.0 if task == matters else 1.0))
+        for one in bench.machine.board.instances.values():
+            assert one.outstanding >= 72
+
+
 def test_a_silent_instance_loses_its_leases_within_two_heartbeats_and_they_run_elsewhere_under_newer_tokens() -> None:
-    bench = Bench(tasks=2, trials=400)
+    bench = Bench(tasks=2, trials=400, in_flight=32)
     bench.accept(bench.join("a"))
     before = bench.leases()
     bench.now = 0.5
-    bench.feed(m.InstanceJoined, "b", "1", 1, BATCH, draining=False)
+    bench.feed(m.InstanceJoined, "b", "1", 1, BATCH, in_flight=32)
     bench.measure("a", "t0", before["t0"][1], 4)  # a is heard from for the last time
     out = bench.accept(bench.pass_time(1.75, "b"))
     assert any(isinstance(one, m.Say) and "silent" in one.text for one in out)
@@ -113,7 +146,7 @@ def test_a_silent_instance_loses_its_leases_within_two_heartbeats_and_they_run_e
 
 
 def test_what_an_instance_was_at_goes_on_elsewhere_at_once_though_all_others_have_enough_to_do() -> None:
-    bench = Bench(tasks=12, trials=4000)
+    bench = Bench(tasks=12, trials=4000, in_flight=32)
     for name in ("a", "b", "c"):
         bench.accept(bench.join(name))
     for _ in range(3):  # all have their fill
@@ -240,7 +273,7 @@ def test_tokens_of_a_later_epoch_are_greater_than_all_earlier_ones() -> None:
 
 
 def test_baselines_of_operators_that_are_not_tuned_are_spread_too() -> None:
-    bench = Bench(tasks=0, trials=1, untunable=6)
+    bench = Bench(tasks=0, trials=1, untunable=12)
     bench.accept(bench.join("a"))
     bench.accept(bench.join("b"))
     assert {instance for instance, _ in bench.leases().values()} == {"a", "b"}

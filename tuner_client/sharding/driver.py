@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import time
 import zlib
@@ -13,6 +14,7 @@ from typing import Any
 from tuner_client.job import JobReport
 from tuner_client.progress import Progress
 from tuner_client.sharding.admission import JobFacts, mismatch
+from tuner_client.sharding.events import event_of
 from tuner_client.sharding.gathering import Gatherer
 from tuner_client.sharding.history import records_of
 from tuner_client.sharding.journal import ShardJournal
@@ -252,7 +254,13 @@ class ShardDriver:
         link.trouble, link.joined = "", True
         self._feed(
             m.InstanceJoined(
-                self._now(), link.address, opened.incarnation, opened.workers, opened.batch, opened.draining
+                self._now(),
+                link.address,
+                opened.incarnation,
+                opened.workers,
+                opened.batch,
+                opened.draining,
+                opened.in_flight,
             )
         )
 
@@ -266,57 +274,37 @@ class ShardDriver:
         async for response in link.connection.stream(link.leases.WatchShard, request):
             if response.incarnation != link.incarnation:
                 break
-            for event in await self._translate(link, response):
-                self._feed(event)
+            self._hear(link, response)
             link.sequence = max(link.sequence, response.sequence)
         raise UnavailableError(f"the server at {link.address} ended the job's events")
 
-    async def _translate(self, link: InstanceLink, response: pb.WatchShardResponse) -> list[m.Event]:
-        now_s, name = self._now(), link.address
-        match response.WhichOneof("event"):
-            case "heartbeat":
+    def _hear(self, link: InstanceLink, response: pb.WatchShardResponse) -> None:
+        event = event_of(response, link.address, self._now())
+        match event:
+            case None:
+                return
+            case m.Heard():
                 link.doing = response.heartbeat.doing
-                return [m.Heard(now_s, name, response.heartbeat.draining)]
-            case "baseline":
-                base = response.baseline
-                self._gatherer.told(link, base.trial_id)
-                latency_us = base.latency_us if base.HasField("latency_us") else None
-                return [m.BaselineMeasured(now_s, name, base.task, base.token, latency_us, base.trial_id, base.error)]
-            case "trial":
-                trial = response.trial
-                self._measured_at[trial.trial_id] = name
-                self._gatherer.told(link, trial.trial_id)
-                latency_us = trial.latency_us if trial.HasField("latency_us") else None
-                return [
-                    m.TrialFinished(now_s, name, trial.task, trial.token, trial.trial_id, latency_us, trial.failure)
-                ]
-            case "ended":
-                end = response.ended
-                best_us = end.best_latency_us if end.HasField("best_latency_us") else None
-                self._gatherer.told(link, end.best_trial_id)
-                if end.reason == "published":  # by another job, whose records are not followed
-                    await self._gatherer.fetch(link, self._keys[end.task], self._fair_trials)
-                elif end.best_trial_id:
-                    # A published record counts when it is here, too: another may have to build the model with it.
-                    await self._gatherer.settled([end.best_trial_id], self._settings.heartbeat_s)
-                return [
-                    m.LeaseEnded(
-                        now_s,
-                        name,
-                        end.task,
-                        end.token,
-                        end.reason,
-                        end.verified,
-                        best_us,
-                        end.best_trial_id,
-                        end.fallback,
-                        end.error,
-                        end.baseline_latency_us if end.HasField("baseline_latency_us") else None,
-                        end.holder,
-                        end.reused,
-                    )
-                ]
-        return []
+            case m.BaselineMeasured():
+                self._gatherer.told(link, event.trial_id)
+            case m.TrialFinished():
+                self._measured_at[event.trial_id] = link.address
+                self._gatherer.told(link, event.trial_id)
+            case m.LeaseEnded():
+                self._gatherer.told(link, event.best_trial_id)
+                if event.reason == "published" or self._gatherer.missing(filter(None, [event.best_trial_id])):
+                    self._start(self._ended(link, event))  # what else the instance says does not wait for that
+                    return
+        self._feed(event)
+
+    async def _ended(self, link: InstanceLink, event: m.LeaseEnded) -> None:
+        """A published record counts when it is here, too: another instance may have to build the model with it."""
+        with contextlib.suppress(TunerError):  # it is out of reach: the lease is lost, or the next one ends like this
+            if event.reason == "published":  # by another job, whose records are not followed
+                await self._gatherer.fetch(link, self._keys[event.task], self._fair_trials)
+            else:
+                await self._gatherer.settled([event.best_trial_id], self._settings.heartbeat_s)
+            self._feed(dataclasses.replace(event, now_s=self._now()))
 
     async def _command(self, link: InstanceLink) -> None:
         """Give, renew and revoke leases, one after the other, so that none overtakes another."""

@@ -45,17 +45,25 @@ def grant(board: Board, lease: Lease, out: list[m.Instruction]) -> None:
     """Tell the instance."""
     lease.phase, lease.changed_s = Phase.GRANTING, board.now_s
     board.tasks[lease.task].holder = lease.instance
+    lease.told = lease.trials
     out.append(m.Grant(lease.instance, lease.task, lease.token, lease.trials, lease.conclude, lease.take_over))
 
 
-def extend(board: Board, step: placement.Extend, out: list[m.Instruction]) -> None:
-    """Add trials to a lease; one that the instance has not answered yet is extended when it has."""
+def extend(board: Board, step: placement.Extend) -> None:
+    """Add trials to a lease; :func:`tell` says so."""
     lease = step.lease
     lease.trials += step.trials
     board.tasks[lease.task].new_trials += step.trials
     board.unassigned -= step.trials
-    if lease.phase is Phase.LIVE:
-        out.append(m.Grant(lease.instance, lease.task, lease.token, lease.trials))
+
+
+def tell(board: Board, out: list[m.Instruction]) -> None:
+    """Tell the instances what was added to the leases that they have taken: once each, however often it was."""
+    for one in board.instances.values():
+        for lease in one.leases.values():
+            if lease.phase is Phase.LIVE and lease.trials > lease.told:
+                lease.told = lease.trials
+                out.append(m.Grant(lease.instance, lease.task, lease.token, lease.trials))
 
 
 def warmed(board: Board, event: m.Warmed, out: list[m.Instruction]) -> None:

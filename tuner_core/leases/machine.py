@@ -151,11 +151,12 @@ class LeaseMachine:
                 case placement.Place():
                     holding.place(board, step, out)
                 case placement.Extend():
-                    holding.extend(board, step, out)
+                    holding.extend(board, step)
                 case placement.Take():
                     task = board.tasks[step.lease.task]
                     task.home, task.moved_s = step.by.name, board.now_s
                     holding.revoke(board, step.lease, out)
+        holding.tell(board, out)
         selection.settle(board)
         tasks = board.tasks.values()
         if all(task.state.final for task in tasks):

@@ -26,6 +26,7 @@ def join(board: Board, event: m.InstanceJoined, out: list[m.Instruction]) -> Non
     if not one.alive or one.incarnation != event.incarnation:
         one.window_since_s, one.slow_until_s, one.backoff_until_s, one.refusals = None, float("-inf"), 0.0, 0
     one.incarnation, one.workers, one.batch = event.incarnation, event.workers, max(1, event.batch)
+    one.in_flight = event.in_flight
     one.alive, one.suspect, one.draining, one.reason = True, False, False, ""
     one.heard_s = board.now_s
     for task, token in sorted(one.stale):  # it may still hold what it lost while nobody heard from it

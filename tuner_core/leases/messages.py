@@ -20,6 +20,7 @@ class InstanceJoined:
     Attributes:
         incarnation: Changes when the instance restarts; its leases are gone then.
         workers, batch: Measurement workers, and trials in one batch of its search.
+        in_flight: Candidates that keep its search, builds and workers busy; 0: it does not say.
     """
 
     now_s: float
@@ -28,6 +29,7 @@ class InstanceJoined:
     workers: int = 1
     batch: int = 16
     draining: bool = False
+    in_flight: int = 0
 
 
 @dataclass(frozen=True)

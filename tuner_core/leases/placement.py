@@ -10,8 +10,12 @@ from tuner_core.leases import liveness
 from tuner_core.leases.state import Board, InstanceState, Lease, Phase, TaskLedger
 
 WORTH_TAKING = 0.25
-"""A task that gains less than this share of what the best one gains waits while its instance has other work."""
+"""An instance whose own tasks gain less than this share of what the best one gains looks at those of others first."""
 BUSY_BATCHES = 2
+PART = 0.75
+"""Of what is left and would be an instance's part, by its speed, so much is leased to it at most."""
+LAST_SHARE = 1 / 3
+"""Towards the end, an instance that builds for long still has so many of the candidates that keep it busy."""
 SETTLED_HEARTBEATS = 4
 """A task that has just moved stays for so long: each move costs the warm search."""
 SLOWER_BY = 3.0
@@ -149,9 +153,11 @@ def _outlook(board: Board, usable: list[InstanceState], rooms: _Rooms) -> _Outlo
 def _ahead(board: Board, usable: list[InstanceState], left: int) -> dict[str, int]:
     """Trials that may be leased to each instance ahead of its results.
 
-    The fastest have ``ahead_batches``, the others what they measure in the same time. Towards the end no more than half
-    of an instance's part of the ``left`` ones, by its speed: slices shrink, and all end together (guided
-    self-scheduling, Polychronopoulos and Kuck 1987).
+    As many as keep an instance busy, and a batch more: the next slice is there before the last one drains. Where an
+    instance does not say how many these are, the fastest have ``ahead_batches``, the others what they measure in the
+    same time, and little until their speed is known. Towards the end no more than ``PART`` of an instance's part of the
+    ``left`` ones, by its speed: slices shrink, and all end together (guided self-scheduling, Polychronopoulos and Kuck
+    1987).
     """
     rates = {one.name: liveness.rate(one, board.now_s) for one in usable}
     known = [rate for rate in rates.values() if rate is not None]
@@ -161,9 +167,14 @@ def _ahead(board: Board, usable: list[InstanceState], left: int) -> dict[str, in
     found = {}
     for one in usable:
         speed = speeds[one.name]
-        least = min(one.batch, one.workers)
-        part = left * speed / total / 2
-        usual = max(one.batch, board.settings.ahead_batches * one.batch * speed / fastest)
+        least = max(min(one.batch, one.workers), math.ceil(LAST_SHARE * one.in_flight))
+        part = PART * left * speed / total
+        if one.in_flight:
+            usual = float(one.in_flight + one.batch)
+        elif rates[one.name] is None:
+            usual = float(BUSY_BATCHES * one.batch)
+        else:
+            usual = max(one.batch, board.settings.ahead_batches * one.batch * speed / fastest)
         found[one.name] = max(least, math.ceil(min(part, usual)))
     return found
 
@@ -213,6 +224,8 @@ def _trials_for(board: Board, instance: InstanceState, outlook: _Outlook) -> Ste
     rooms = outlook.rooms
     full = {name for name, ahead in rooms.ahead.items() if ahead - rooms.outstanding[name] < batch // 2}
     worth_opening = not outlook.crowded and rooms.room(instance) >= batch // 2  # one more search of the same task
+    each = math.ceil(rooms.ahead[instance.name] * len(rooms.ahead) / max(1, len(outlook.tasks)))
+    most = max(board.settings.task_ahead_batches * batch, each + batch)
     mine: list[TaskLedger] = []
     others: list[TaskLedger] = []
     together: list[TaskLedger] = []
@@ -220,7 +233,7 @@ def _trials_for(board: Board, instance: InstanceState, outlook: _Outlook) -> Ste
         if board.unassigned <= max(0, outlook.reserved - task.missing):
             continue
         if (lease := task.leases.get(instance.name)) is not None:
-            if lease.extensible and lease.outstanding <= (board.settings.task_ahead_batches - 1) * batch:
+            if lease.extensible and lease.outstanding <= most - batch:
                 mine.append(task)
         elif task.leases:
             if worth_opening and all(lease.extensible for lease in task.leases.values()):
@@ -231,9 +244,9 @@ def _trials_for(board: Board, instance: InstanceState, outlook: _Outlook) -> Ste
             others.append(task)
     gains = outlook.gains
     best = max(mine, key=lambda task: (gains[task.index], *_expected(task)), default=None)
+    if best is None and rooms.outstanding[instance.name] >= BUSY_BATCHES * batch:
+        return None
     if best is None or gains[best.index] < WORTH_TAKING * outlook.top:
-        if rooms.outstanding[instance.name] >= BUSY_BATCHES * batch:
-            return None
         floor = gains[best.index] / WORTH_TAKING if best is not None else 0.0
         if better := [task for task in others if gains[task.index] > floor]:
             best = max(better, key=lambda task: (gains[task.index], *_expected(task)))

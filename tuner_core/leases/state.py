@@ -39,8 +39,8 @@ class LeaseSettings:
     silent_heartbeats: float = 1.5
     ahead_batches: int = 5
     task_ahead_batches: int = 3
-    baselines_at_once: int = 4
-    conclusions_at_once: int = 2
+    baselines_at_once: int = 8
+    conclusions_at_once: int = 6
     slow_factor: float = 10.0
     stuck_s: float = 900.0
     wait_s: float | None = None
@@ -102,7 +102,7 @@ class Phase(enum.Enum):
 
 @dataclass
 class Lease:
-    """A slice of a task's trials at one instance."""
+    """A slice of a task's trials at one instance; of ``trials``, it has been told of ``told``."""
 
     task: str
     token: int
@@ -113,6 +113,7 @@ class Lease:
     phase: Phase = Phase.WARMING
     foreign: int = 0
     counted: int = 0
+    told: int = 0
     closed: bool = False
     repeat: bool = False
     take_over: bool = False
@@ -240,6 +241,7 @@ class InstanceState:
     incarnation: str = ""
     workers: int = 1
     batch: int = 16
+    in_flight: int = 0
     alive: bool = False
     suspect: bool = False
     draining: bool = False

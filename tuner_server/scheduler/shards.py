@@ -44,6 +44,7 @@ class Opened:
     incarnation: str
     workers: int
     batch: int
+    in_flight: int
 
 
 class ShardSupervisor:
@@ -150,7 +151,10 @@ class ShardSupervisor:
             run = job.run if isinstance(job.run, ShardRun) else self._begin(job)
             run.machine.lease_s = lease_s
             offer = await self._engine.offer(job.facts.spec.sm_percent, job.facts.spec.target_json)
-            return Opened(run.events.incarnation, offer.workers, self._engine.batch)
+            limits = self._engine.limits
+            return Opened(
+                run.events.incarnation, offer.workers, limits.batch, in_flight=limits.batch * limits.batches_at_once
+            )
 
     async def _take_in(self, job_id: str, spec: tuning_pb2.JobSpec, lease_s: float) -> Job:
         if self.draining:

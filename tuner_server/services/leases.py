@@ -41,6 +41,7 @@ class LeaseServicer(leases_pb2_grpc.LeaseServiceServicer):
             incarnation=opened.incarnation,
             workers=opened.workers,
             batch=opened.batch,
+            in_flight=opened.in_flight,
             draining=self._shards.draining,
         )
 

@@ -18,18 +18,20 @@ class OpenShardRequest(_message.Message):
     def __init__(self, job: _Optional[str] = ..., spec: _Optional[_Union[_tuning_pb2.JobSpec, _Mapping]] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class OpenShardResponse(_message.Message):
-    __slots__ = ("instance", "incarnation", "workers", "batch", "draining")
+    __slots__ = ("instance", "incarnation", "workers", "batch", "draining", "in_flight")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     instance: str
     incarnation: str
     workers: int
     batch: int
     draining: bool
-    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., workers: _Optional[int] = ..., batch: _Optional[int] = ..., draining: bool = ...) -> None: ...
+    in_flight: int
+    def __init__(self, instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., workers: _Optional[int] = ..., batch: _Optional[int] = ..., draining: bool = ..., in_flight: _Optional[int] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("task", "token", "trials", "conclude", "claim", "take_over")
