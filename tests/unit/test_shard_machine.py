@@ -212,7 +212,7 @@ def test_a_task_that_was_leased_elsewhere_learns_what_was_measured_there() -> No
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_lease_that_is_extended_in_time_always_has_two_batches_in_flight(seed: int) -> None:
-    engine = SimulatedEngine(seed)
+    engine = SimulatedEngine(seed, batches_at_once=2, batches_per_task=2)
     engine.grant(1, 3 * BATCH)
     engine.run(1)  # the look-up
     trials = 3 * BATCH
@@ -229,16 +229,32 @@ def test_a_lease_that_is_extended_in_time_always_has_two_batches_in_flight(seed:
     assert engine.most_batches == 2
 
 
-def test_no_more_batches_at_once_than_allowed_and_none_of_the_leases_starves() -> None:
-    engine = SimulatedEngine(batches_at_once=2)
+def test_no_more_is_in_flight_than_allowed_and_none_of_the_leases_starves() -> None:
+    engine = SimulatedEngine(batches_at_once=4)
+    limits = engine.limits.for_tasks(2)
     engine.grant(1, 40)
     engine.grant(1, 40, task=1)
     engine.run(2)
     for _ in range(60):
         engine.run(1)
-        assert sum(len(task.batches) for task in engine.machine.tasks) <= 2
+        assert sum(shard.asked for shard in engine.machine.shards) <= limits.batch * limits.batches_at_once
     measured = [task.measured for task in engine.machine.tasks]
     assert min(measured[:2]) > 0
+
+
+@pytest.mark.parametrize("trials", [2, 64])
+def test_as_much_is_in_flight_as_for_a_job_of_the_servers_own_however_the_trials_are_leased(trials: int) -> None:
+    engine = SimulatedEngine(batches_at_once=9)
+    limits = engine.limits.for_tasks(2)
+    for task in (0, 1):
+        engine.grant(1, trials, task=task)
+        engine.handle(sm.KnownFound(task, m.Known()))
+    while trials < 64:  # slice by slice, while nothing is generated yet
+        trials += 2
+        for task in (0, 1):
+            engine.grant(1, trials, task=task)
+    in_flight = limits.batch * limits.batches_at_once
+    assert in_flight - BATCH <= sum(shard.asked for shard in engine.machine.shards) <= in_flight
 
 
 def test_an_extension_never_takes_trials_back_and_may_come_twice() -> None:
@@ -435,7 +451,7 @@ def test_a_lost_search_is_opened_again_and_after_three_times_the_lease_fails() -
         return answer(instruction)
 
     engine.answer = lose  # type: ignore[method-assign]
-    engine.grant(1, 8)
+    engine.grant(1, 16)
     engine.run()
     (first,) = [t for t in engine.told if isinstance(t, sm.TellEnded)]
     assert first.reason == "failed" and "killed" in first.error

@@ -238,23 +238,31 @@ class ShardMachine:
             self._wind_down(shard, shard.lease, "failed", out)
 
     def _fill(self, out: list[sm.Instruction]) -> None:
-        """Ask for batches: of the leases with trials left, those with fewest batches first, then who waits longest."""
-        while sum(len(task.batches) for task in self.tasks) < self.limits.batches_at_once:
+        """Ask for batches: of the leases with trials left, those with fewest in flight first, then who waits longest.
+
+        As much is in flight as for a job of this server's own with as many tasks as are searched here. Batches count
+        with what was asked for, however small they are.
+        """
+        searched = sum(shard.lease is not None and shard.lease.trials > 0 for shard in self.shards)
+        limits = self.limits.for_tasks(searched)
+        while sum(shard.asked for shard in self.shards) < limits.batch * limits.batches_at_once:
             ready = [
-                (len(shard.progress.batches), shard.served, index)
+                (shard.asked, shard.served, index)
                 for index, shard in enumerate(self.shards)
                 if shard.ready
                 and not shard.taken_over
                 and shard.lease is not None
                 and shard.lease.remaining
                 and (shard.spare or not shard.progress.exhausted)
-                and len(shard.progress.batches) < self.limits.batches_per_task
+                and shard.asked + min(limits.batch, shard.lease.remaining) <= limits.batch * limits.batches_per_task
             ]
             if not ready:
                 return
             shard = self.shards[min(ready)[2]]
             assert shard.lease is not None
-            count = min(self.limits.batch, shard.lease.remaining)
+            # leases come one after the other: the first of them does not make this a job of one task
+            batch = limits.batch if shard.progress.measured else self.limits.batch
+            count = min(batch, shard.lease.remaining)
             shard.served = next(self._served)
             shard.progress.state = TaskState.RUNNING
             shard_trials.ask(shard, shard.lease, next(self._batch_ids), count, out)

@@ -91,6 +91,11 @@ class ShardTask:
         return [*self.winding_down.values(), *([self.lease] if self.lease is not None else [])]
 
     @property
+    def asked(self) -> int:
+        """Trials of all batches that are in flight."""
+        return sum(batch.asked for batch in self.progress.batches.values())
+
+    @property
     def baseline_settled(self) -> bool:
         """Whether the baseline is known, or known not to be had."""
         return self.progress.baseline_us is not None or bool(self.baseline_error)
