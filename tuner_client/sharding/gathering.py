@@ -17,6 +17,7 @@ from tuner_core.transport.options import is_loopback, split_address
 
 _COMMIT_TIMEOUT_S = 30.0
 _COMMIT_RECORDS = 500
+_FETCHED_AT_ONCE = 8
 
 
 def store_identity(url: str, default_scheme: str = "") -> tuple[str, ...]:
@@ -184,6 +185,22 @@ class Gatherer:
         request = records_pb2.StreamRecordsRequest(filter=where, order="latency", limit=2 * most + 16)
         async for page in link.connection.stream(link.records.StreamRecords, request):
             await self._take(link, page.records)
+
+    async def fetch_all(self, link: InstanceLink, keys: Collection[RecordKey], most: int) -> None:
+        """The same of several tasks, some of them at a time.
+
+        Raises:
+            TunerError: The instance went away.
+        """
+        turns = asyncio.Semaphore(_FETCHED_AT_ONCE)
+
+        async def fetch(key: RecordKey) -> None:
+            async with turns:
+                await self.fetch(link, key, most)
+
+        for outcome in await asyncio.gather(*map(fetch, keys), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def _take(self, link: InstanceLink, messages: Collection[records_pb2.Record]) -> None:
         link.holds.update(message.trial_id for message in messages)

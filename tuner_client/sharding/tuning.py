@@ -319,8 +319,7 @@ class ShardedTuner:
                     if store in stores:
                         return
                     stores.add(store)
-                    for name in tunable:
-                        await gatherer.fetch(link, keys[name], most)
+                    await gatherer.fetch_all(link, [keys[name] for name in tunable], most)
 
         with self._progress.step("gathering what the servers know of these operators"):
             await asyncio.gather(*(gather(link) for link in links if not link.left_out))
