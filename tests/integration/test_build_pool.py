@@ -215,6 +215,7 @@ def test_processes_on_lent_cores_stand_back_and_all_are_started_beforehand_only_
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))
     pool = BuildPool(spawner, 1, tmp_path, affinity=cores[:1], lent=cores[-1:])
+    slow, (model_of, _) = slow_to_build(), model_json()
 
     async def body() -> None:
         pool.prestart()
@@ -232,6 +233,16 @@ def test_processes_on_lent_cores_stand_back_and_all_are_started_beforehand_only_
         await asyncio.gather(*(pool.fallback(matmul(), LLVM) for _ in range(2)))
         again = [os.sched_getscheduler(pid) for pid in pids(pool)]
         assert sorted(again) == sorted([os.SCHED_OTHER, os.SCHED_IDLE]), "its successor stands back like it"
+
+        busy = asyncio.create_task(pool.build(slow, UNSCHEDULED, LLVM))
+        ordinary = next(child for child in pool._children if os.sched_getscheduler(child.pid) == os.SCHED_OTHER)
+        await until(lambda: ordinary not in pool._idle)
+        model = asyncio.create_task(pool.build_model(model_of, LLVM, {}))
+        await until(lambda: len(pool._children) == 3)
+        by_class = [os.sched_getscheduler(pid) for pid in pids(pool)]
+        await model
+        assert by_class.count(os.SCHED_OTHER) == 2, "a model, which uses many cores, was not put on a lent one"
+        busy.cancel()
 
     try:
         runner.run(body())

@@ -156,7 +156,7 @@ class BuildPool:
         """
         out = self._new_path("so")
         args = {"module": module_json, "target": target_json, "traces": dict(traces), "out": str(out)}
-        result = await self._run("model", args, MODEL_TIMEOUT_S, [out])
+        result = await self._run("model", args, MODEL_TIMEOUT_S, [out], own_cores=True)
         args_info = tuple((kind, dtype, tuple(shape)) for kind, dtype, shape in result["args_info"])
         return ModelBuild(Artifact(out, result["seconds"]), args_info, result["coverage"])
 
@@ -194,11 +194,19 @@ class BuildPool:
         return self._scratch / f"{os.getpid()}-{next(self._files)}-{os.urandom(4).hex()}.{suffix}"
 
     async def _run(
-        self, op: str, args: Mapping[str, Any], timeout_s: float, outputs: Sequence[Path], once: bool = False
+        self,
+        op: str,
+        args: Mapping[str, Any],
+        timeout_s: float,
+        outputs: Sequence[Path],
+        *,
+        once: bool = False,
+        own_cores: bool = False,
     ) -> dict[str, Any]:
+        """One request, in a process that ends with it (``once``), or not in one on a lent core (``own_cores``)."""
         done = False
         try:
-            async with self._child(once) as child:
+            async with self._child(once, own_cores) as child:
                 result = await child.request(op, args, timeout_s)
             done = True
             return result
@@ -217,15 +225,15 @@ class BuildPool:
                     _remove_traces_of(path)
 
     @contextlib.asynccontextmanager
-    async def _child(self, once: bool) -> AsyncIterator[Child]:
+    async def _child(self, once: bool, own_cores: bool) -> AsyncIterator[Child]:
         async with contextlib.AsyncExitStack() as turn:
             with timeline.waiting("waiting to be built"):
                 await turn.enter_async_context(self._turns.turn())
             if self._stopped:
                 raise ChildDied("the build pool", None)
-            child = None if once else await self._take()
+            child = None if once else await self._take(own_cores)
             if child is None:
-                child = await self._spawn(once)
+                child = await self._spawn(own_cores or once)
             try:
                 yield child
             except ChildError:
@@ -237,15 +245,17 @@ class BuildPool:
                 raise
             await self._give_back(child, once)
 
-    async def _take(self) -> Child | None:
-        """A process that is there, those on cores of their own first, or one that is coming."""
+    async def _take(self, own_cores: bool) -> Child | None:
+        """A process that is there, those on cores of their own first (or only), or one that is coming."""
         while self._idle:
             child = next((child for child in reversed(self._idle) if child not in self._on_lent), self._idle[-1])
+            if own_cores and child in self._on_lent:
+                return None
             self._idle.remove(child)
             if child.alive:
                 return child
             self._drop(child)
-        while self._coming:
+        while self._coming and not own_cores:
             coming = self._coming.popleft()
             try:
                 return await asyncio.shield(coming)
@@ -255,10 +265,10 @@ class BuildPool:
                 raise
         return None
 
-    async def _spawn(self, once: bool = False) -> Child:
+    async def _spawn(self, own_cores: bool = False) -> Child:
         taken = {child.name for child in self._children} | self._starting.keys()
         name = next(name for index in itertools.count() if (name := f"build-{index}") not in taken)
-        core = None if once else self._lent_core()
+        core = None if own_cores else self._lent_core()
         self._starting[name] = core
         try:
             child = await self._spawner.spawn(
