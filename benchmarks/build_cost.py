@@ -115,7 +115,7 @@ def stand_in_us(trace: str) -> float:
 
 
 def all_passes(mod: Any, target: Any) -> Any:
-    """The lowering without the passes that :func:`tuner_server.build.lowering.lower` leaves out of TVM's, but CSE."""
+    """The lowering without the passes that :func:`tuner_core.compiler.lowering.lower` leaves out of TVM's, but CSE."""
     import tvm
     from tvm import tirx
     from tvm.target import Target
@@ -137,9 +137,9 @@ def build(body: str, trace: str, folder: Path, number: int) -> Costs:
 
     from tuner_core.compiler import cuda_build, nvrtc
     from tuner_core.compiler.cuda_source import rewritten
+    from tuner_core.compiler.lowering import lower
     from tuner_core.compiler.trace import apply_trace
     from tuner_server.build.link import link_shared
-    from tuner_server.build.lowering import lower
 
     costs = Costs()
     options = cuda_build.nvrtc_options(ARCH)

@@ -175,7 +175,7 @@ def build_model(prepared: Prepared, chosen: Chosen, output: Path, place: Place) 
     scheduled, coverage = apply_schedules(prepared.module, target, chosen.traces)
     partial = output.with_name(f".{output.name}.{os.getpid()}.so")
     try:
-        executable = build_executable(scheduled, target)
+        executable = build_executable(scheduled, target, tuned=coverage.tuned)
         export_executable(executable, partial)
         os.replace(partial, output)
     except OSError as error:

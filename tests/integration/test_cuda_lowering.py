@@ -43,7 +43,7 @@ def test_the_source_is_that_of_all_of_tvms_passes() -> None:
     from tvm.tirx.build import split_host_device_mods
 
     from tuner_core.compiler.fallback import fallback_schedule
-    from tuner_server.build.lowering import lower
+    from tuner_core.compiler.lowering import lower
 
     target = Target(json.loads(H200))
     ran = []

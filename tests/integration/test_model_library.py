@@ -93,6 +93,37 @@ def test_trusted_arguments_change_no_kernel(tmp_path: Path) -> None:
     assert checks not in trusting.read_bytes()
 
 
+def test_a_tuned_kernel_is_the_one_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner_core.compiler import cuda_build, model_library
+    from tuner_core.compiler.trace import apply_trace
+    from tuner_core.compiler.workload import module_from_body
+    from tuner_server.build.compile import compile_module
+    from tuner_server.search.messages import SearchSettings
+    from tuner_server.search.session import SearchSession
+
+    cuda_build.enable_cuda_builds()
+    model = prepared(three_operators, (1, 16, 14, 14), (32, 16, 3, 3), target=H200)
+    (task,) = [task for task in model.tasks if task.tunable]
+    (trace,) = SearchSession(task.workload.body, H200, SearchSettings(), seed=0).generate(1)
+    compile_module(apply_trace(module_from_body(task.workload.body), trace).mod, target(), tmp_path / "candidate.so")
+    (measured,) = machine_code(tmp_path / "candidate.so").values()
+
+    complete = set()
+    lower = model_library.lower
+
+    def note(mod: Any, target: Any, *, checks: bool, all_passes: bool) -> Any:
+        (name,) = [var.name_hint for var in mod.functions]
+        complete.update([name] if all_passes else [])
+        return lower(mod, target, checks=checks, all_passes=all_passes)
+
+    monkeypatch.setattr(model_library, "lower", note)
+    mod, coverage = apply_schedules(model.module, target(), {task.workload.digest: trace})
+    built = export_executable(build_executable(mod, target(), tuned=coverage.tuned), tmp_path / "model.so")
+    assert coverage.tuned == (task.name,)
+    assert machine_code(built)[f"{task.name}_kernel"] == measured
+    assert complete == set(coverage.fallback)
+
+
 def one_function(name: str, extent: int = 64) -> Any:
     """Adds one to a vector."""
     import tvm.s_tir.dlight as dl
@@ -113,7 +144,7 @@ def test_a_function_with_the_name_of_anothers_kernel_is_built_with_it(tmp_path: 
 
     enable_cuda_builds()
     for names, modules in ((("plus", "more"), 2), (("plus", "plus_kernel"), 1)):
-        library = build_library(IRModule({name: one_function(name) for name in names}), target(), lambda _: True)
+        library = build_library(IRModule({name: one_function(name) for name in names}), target())
         assert len(library.imports) == modules
         assert all(library.implements_function(name) for name in names)
         library.export_library(str(tmp_path / f"{modules}.so"))

@@ -39,7 +39,7 @@ def test_siblings_are_twins_when_their_limits_of_unrolling_change_nothing(target
     import tvm_ffi
     from tvm.target import Target
 
-    from tuner_server.build.lowering import lower
+    from tuner_core.compiler.lowering import lower
     from tuner_server.search.sketches import Applied, Sketches
     from tuner_server.search.twins import Twins
 
@@ -79,9 +79,9 @@ def test_a_session_returns_no_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     import tvm_ffi
     from tvm.target import Target
 
+    from tuner_core.compiler.lowering import lower
     from tuner_core.compiler.trace import apply_trace
     from tuner_core.compiler.workload import module_from_body
-    from tuner_server.build.lowering import lower
     from tuner_server.search.session import SearchSession
     from tuner_server.search.twins import Twins
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from tvm.target import Target
 
 
-def build_executable(mod: IRModule, target: Target, *, trusted: bool = False) -> VMExecutable:
+def build_executable(
+    mod: IRModule, target: Target, *, tuned: Collection[str] = (), trusted: bool = False
+) -> VMExecutable:
     """Lower and compile a module whose TIR functions are scheduled.
 
     For CUDA this takes all cores that the process may use.
@@ -24,6 +26,7 @@ def build_executable(mod: IRModule, target: Target, *, trusted: bool = False) ->
     Args:
         mod: From ``apply_schedules``.
         target: What it will run on; a GPU target without a host gets llvm as its host.
+        tuned: Names of the functions that run a record's schedule: for CUDA their kernels are those that were measured.
         trusted: Whoever runs it passes arguments of the right device and layout; without checks of them, a CUDA model
             takes a second less to build. Arguments of functions that only get what the model itself computed, or its
             constants, are never checked there.
@@ -58,14 +61,13 @@ def build_executable(mod: IRModule, target: Target, *, trusted: bool = False) ->
         with target, PassContext(opt_level=3):
             if target.kind.name != "cuda":
                 return relax.build(mod, target=target, relax_pipeline=lower)
-            outside = frozenset() if trusted else fed_from_outside(mod)
-            return _linked(lower(mod), target, outside.__contains__)
+            return _linked(lower(mod), target, frozenset() if trusted else fed_from_outside(mod), tuned)
     except Exception as error:  # TVM's errors have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TunerError(f"the model cannot be compiled for {target.kind.name}: {lines[-1][:300]}") from error
 
 
-def _linked(mod: IRModule, target: Target, checked: Callable[[str], bool]) -> VMExecutable:
+def _linked(mod: IRModule, target: Target, checked: Collection[str], tuned: Collection[str]) -> VMExecutable:
     """What ``relax.build`` does after the passes, with a library that is built on several threads."""
     from tvm import relax
     from tvm.relax import vm_build
@@ -74,7 +76,7 @@ def _linked(mod: IRModule, target: Target, checked: Callable[[str], bool]) -> VM
 
     builder = relax.ExecBuilder()
     functions = vm_build._filter_tir(vm_build._vmcodegen(builder, mod))
-    library = None if functions is None else build_library(functions, target, checked)
+    library = None if functions is None else build_library(functions, target, checked, tuned)
     return relax.VMExecutable(vm_build._ffi_api.VMLink(builder, target, library, [], {}))
 
 

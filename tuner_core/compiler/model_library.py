@@ -2,46 +2,41 @@
 
 TVM lowers all functions one after the other and hands NVRTC one source. Functions of a model do not depend on each
 other, TVM's passes and NVRTC leave Python's lock while they work, and a kernel is found by its name in whatever module
-of the library holds it. So each function is lowered for itself, its kernels become a module, and a cubin, of their own:
-the same machine code, and equal kernels of two builds (:class:`tuner_core.compiler.cuda_build.CubinCache`) are compiled
-once.
+of the library holds it. So each function is lowered for itself, and its kernels become a module, and a cubin, of their
+own; those that two builds share are compiled once (:class:`tuner_core.compiler.cuda_build.CubinCache`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import tirx
 from tvm.target import Target
-from tvm.tirx.build import codegen_build, split_host_device_mods
+from tvm.tirx.build import codegen_build
+
+from tuner_core.compiler.lowering import lower
+
+_Lowered = tuple[tvm.IRModule, dict[Target, tvm.IRModule], Target]
 
 _MOST_THREADS = 16  # each needs some 100 MB of address space, of which a build process has a limited amount
 
 
-@dataclass(frozen=True)
-class _Lowered:
-    host: tvm.IRModule
-    devices: tuple[tuple[Target, tvm.IRModule], ...]
-
-    def names(self) -> list[str]:
-        modules = [self.host, *(mod for _, mod in self.devices)]
-        return [var.name_hint for mod in modules for var in mod.functions]
-
-
-def build_library(functions: tvm.IRModule, target: Target, checked: Callable[[str], bool]) -> Any:
-    """Lower and compile scheduled functions with all of TVM's passes.
+def build_library(
+    functions: tvm.IRModule, target: Target, checked: Container[str] = (), tuned: Container[str] = ()
+) -> Any:
+    """Lower and compile scheduled functions.
 
     Args:
-        functions: PrimFuncs with their names as global symbols; of other attributes TVM's own.
+        functions: PrimFuncs with their names as global symbols.
         target: A CUDA target.
-        checked: Of a function's name, whether it compares its arguments with what it was compiled for. Neither its
-            result nor its kernel depends on that, but of a model's host code the comparisons are nine tenths.
+        checked: Names of the functions that compare their arguments with what they were compiled for. Neither results
+            nor kernels depend on that, but of a model's host code the comparisons are nine tenths.
+        tuned: Names of the functions that are lowered as candidates are, so that their kernels are those that were
+            measured. The others get all of TVM's passes.
 
     Returns:
         The host's library; it imports the modules with the kernels.
@@ -49,12 +44,12 @@ def build_library(functions: tvm.IRModule, target: Target, checked: Callable[[st
     Raises:
         Exception: Whatever TVM or NVRTC raises.
     """
-    host = target.host or Target("llvm")
-    bound = target.with_host(host)
 
     def lowered(mod: tvm.IRModule) -> _Lowered:
-        with target, tvm.transform.PassContext(opt_level=3):
-            return _lower(mod, bound, all(not checked(var.name_hint) for var in mod.functions))
+        names = [str(var.name_hint) for var in mod.functions]
+        checks, as_measured = any(name in checked for name in names), any(name in tuned for name in names)
+        with target:
+            return lower(mod, target, checks=checks, all_passes=not as_measured)
 
     def compiled(part: tuple[Target, tvm.IRModule]) -> Any:
         kind, mod = part
@@ -64,26 +59,14 @@ def build_library(functions: tvm.IRModule, target: Target, checked: Callable[[st
     parts = _parts(functions)
     with ThreadPoolExecutor(_threads(len(parts)), thread_name_prefix="model") as pool:
         results = list(pool.map(lowered, parts))
-        if not _all_differ(name for result in results for name in result.names()):
+        if not _all_differ(results):
             results = [lowered(functions)]
-        devices = [part for result in results for part in result.devices]
-        modules = [pool.submit(compiled, part) for part in devices]
+        modules = [pool.submit(compiled, part) for _, devices, _ in results for part in devices.items()]
         with target:
-            library = codegen_build(_merged([result.host for result in results]), host)
+            library = codegen_build(_merged([host for host, _, _ in results]), results[0][2])
         for module in modules:
             library.import_module(module.result())
     return library
-
-
-def _lower(mod: tvm.IRModule, bound: Target, without_checks: bool) -> _Lowered:
-    """What ``tvm.tirx.build`` does before it generates code."""
-    pipeline, finalize_host, finalize_device = tirx.get_default_tir_pipeline(bound)
-    mod = pipeline(tirx.transform.BindTarget(bound)(mod))
-    if without_checks:
-        mod = tirx.transform.SkipAssert()(mod)
-    host_mod, device_mods = split_host_device_mods(mod)
-    devices = ((kind, finalize_device()(device)) for kind, device in device_mods.items() if device.functions)
-    return _Lowered(finalize_host()(host_mod), tuple(devices))
 
 
 def _parts(functions: tvm.IRModule) -> list[tvm.IRModule]:
@@ -101,9 +84,11 @@ def _merged(hosts: list[tvm.IRModule]) -> tvm.IRModule:
     return tvm.IRModule({var: f for mod in hosts for var, f in mod.functions.items()}, attrs=hosts[0].attrs)
 
 
-def _all_differ(names: Iterable[str]) -> bool:
-    seen = list(names)
-    return len(set(seen)) == len(seen)
+def _all_differ(results: list[_Lowered]) -> bool:
+    """Whether no two functions, of host or devices, have the same name."""
+    mods = [mod for host, devices, _ in results for mod in (host, *devices.values())]
+    names = [var.name_hint for mod in mods for var in mod.functions]
+    return len(set(names)) == len(names)
 
 
 def _threads(parts: int) -> int:

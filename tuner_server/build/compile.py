@@ -12,8 +12,8 @@ from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 from tvm.target import Target
 from tvm.tirx.build import tir_to_runtime
 
+from tuner_core.compiler.lowering import lower
 from tuner_server.build.link import link_shared
-from tuner_server.build.lowering import lower
 
 
 @functools.cache

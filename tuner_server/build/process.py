@@ -77,7 +77,8 @@ class _Builder:
         mod = _checked(load_lifted_module, args["module"])
         try:
             scheduled, applied = apply_schedules(mod, target, args["traces"])
-            export_executable(build_executable(scheduled, target, trusted=True), args["out"])
+            executable = build_executable(scheduled, target, tuned=applied.tuned, trusted=True)
+            export_executable(executable, args["out"])
         except TunerError as error:
             raise WorkError(FailureKind.BUILD_ERROR, str(error)) from None
         seconds = time.monotonic() - start
