@@ -7,13 +7,16 @@ on one server, for comparison.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.replay.instance import Refused, Said
 from tests.replay.pipeline import Clock, Costs, Pipeline
-from tests.replay.source import ReplayTask
+from tests.replay.source import ReplayTask, replay_tasks
+from tests.replay.world import MODEL_S, World
+from tuner_core.allocation.budget import DEFAULT_NEGLIGIBLE_SHARE as NEGLIGIBLE
 from tuner_core.errors import ConflictError
+from tuner_core.leases.state import LeaseSettings
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler import shard_messages as sm
 from tuner_server.scheduler.machine import JobMachine
@@ -38,7 +41,7 @@ class PlainJob:
     """
 
     def __init__(
-        self, tasks: Sequence[ReplayTask], trials: int, costs: Costs, *, seed: int = 0, negligible: float = 0.005
+        self, tasks: Sequence[ReplayTask], trials: int, costs: Costs, *, seed: int = 0, negligible: float = NEGLIGIBLE
     ) -> None:
         self.clock = Clock()
         self.pipeline = Pipeline(tasks, costs, self.clock, self._handle, f"plain/{seed}")
@@ -181,3 +184,54 @@ def build_share(server: PlainJob | ShardServer, since_s: float, until_s: float) 
     """Share of the build processes' time within a span in which they built."""
     seconds = server.pipeline.build.busy_s(since_s, until_s)
     return seconds / (server.pipeline.costs.build * max(1e-9, until_s - since_s))
+
+
+def job_of_many_operators(tunable: int = 17, negligible: int = 8, untunable: int = 16) -> list[ReplayTask]:
+    """Operators in such numbers as ResNet-50 has them, those included that turn out not to be worth trials."""
+    tasks = replay_tasks(tunable + negligible, untunable=untunable)
+    return [_tiny(task) if tunable <= index < tunable + negligible else task for index, task in enumerate(tasks)]
+
+
+def _tiny(task: ReplayTask) -> ReplayTask:
+    trials = tuple(value if isinstance(value, str) else value / 1000 for value in task.trials)
+    return replace(task, baseline_us=task.baseline_us / 1000, trials=trials)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a job went on several servers, and on one.
+
+    Attributes:
+        search: How many times faster it was from the first to the last trial.
+        job: The same over the whole job, but for the measurement of the model.
+        busy: Share of the build processes' time in which they built, from the first trial to the last.
+    """
+
+    search: float
+    job: float
+    busy: float
+
+
+def spread(servers: int, trials: int, costs: Costs, *, seed: int = 0, heartbeat_s: float = 5.0) -> Spread:
+    """Run a job on one server, by itself, and sharded over several, each like the one.
+
+    Args:
+        servers: How many.
+        trials: Its budget.
+        costs: Of each server.
+        seed: Of everything random.
+        heartbeat_s: Of the leases.
+    """
+    tasks = job_of_many_operators()
+    alone = PlainJob(tasks, trials, costs, seed=seed)
+    alone.run()
+    members = [ShardServer(f"i{number}", tasks, costs, seed=seed) for number in range(servers)]
+    settings = LeaseSettings(heartbeat_s=heartbeat_s, negligible_share=NEGLIGIBLE)
+    world = World(tasks, members, trials, settings, seed=seed, network_s=(0.002, 0.01), connect_s=0.05)
+    world.run()
+    first_s, last_s = world.counted_s[0], world.counted_s[-1]
+    return Spread(
+        search=(alone.counted_s[-1] - alone.counted_s[0]) / (last_s - first_s),
+        job=(alone.now_s - costs.model_s) / (world.now_s - MODEL_S),
+        busy=sum(build_share(one, first_s, last_s) for one in members) / servers,
+    )

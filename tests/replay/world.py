@@ -18,6 +18,8 @@ from tuner_core.leases.machine import LeaseMachine
 from tuner_core.leases.state import LeaseSettings, TaskHistory
 from tuner_core.model import TaskState
 
+MODEL_S = 1.0
+"""How long the measurement of the model takes."""
 FAULTS = ("kill", "hang", "cut", "restart", "slow", "drain", "delay")
 
 
@@ -171,7 +173,7 @@ class World:
             case m.Revoke(instance, task, token):
                 self._call(instance, lambda one: one.revoke(self.now_s, task, token), "", task, token)
             case m.MeasureModel(instance):
-                self._to_client(1.0, lambda: self._model(instance))
+                self._to_client(MODEL_S, lambda: self._model(instance))
 
     def _delay(self, link: Link) -> float:
         return self.rng.uniform(*self._network_s) + link.lag_s

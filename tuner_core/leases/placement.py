@@ -12,7 +12,7 @@ from tuner_core.leases.state import Board, InstanceState, Lease, Phase, TaskLedg
 WORTH_TAKING = 0.25
 """An instance whose own tasks gain less than this share of what the best one gains looks at those of others first."""
 BUSY_BATCHES = 2
-PART = 0.75
+PART = 0.9
 """Of what is left and would be an instance's part, by its speed, so much is leased to it at most."""
 LAST_SHARE = 1 / 3
 """Towards the end, an instance that builds for long still has so many of the candidates that keep it busy."""
