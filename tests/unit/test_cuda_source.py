@@ -96,3 +96,14 @@ def test_only_kernels_change() -> None:
     helper = "__device__ float f(float* in_ptr) {\n  alignas(64) float acc_ptr[2];\n  return acc_ptr[0];\n}\n"
     assert rewritten(helper) == helper
     assert rewritten(helper + kernel("  acc_ptr[0] = 0.0f;")).startswith(helper)
+
+
+@pytest.mark.parametrize("kind", ["uint4", "longlong4", "int2"])
+def test_vectors_of_smaller_elements_can_be_made_where_vectors_are(kind: str) -> None:
+    source = kernel(f"  {kind} v = make_{kind}({', '.join('abcdefgh')});")
+    assert f"{kind} make_{kind}(T v0, T v1, T v2, T v3, T v4, T v5, T v6, T v7)" in rewritten(source)
+
+
+def test_a_source_without_such_vectors_gets_nothing_in_front() -> None:
+    source = kernel("  float4 v = make_float4(1.0f, 2.0f, 3.0f, 4.0f);", local="")
+    assert rewritten(source) == source

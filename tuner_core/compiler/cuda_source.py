@@ -1,4 +1,10 @@
-"""Rewrites of generated CUDA source that NVRTC compiles in less time, to the same operations in the same order.
+"""Rewrites of generated CUDA source: what TVM writes wrongly, and what NVRTC compiles in less time in another form.
+
+TVM writes eight elements, or sixteen, as the arguments of a vector of four (``make_uint4`` of eight halves where it
+gathers them, ``make_longlong4`` of eight indices, ``make_int4`` of sixteen bytes). It means their bytes one after the
+other, which is what its own accesses to elements of such a vector read; here these functions are defined.
+
+The other rewrites keep the operations and their order.
 
 TVM keeps a thread's accumulators in an array. Where it has unrolled the loops, an element is a variable, but the
 optimiser sees thousands of uses of one array until it has split it, and its ``instcombine`` visits them all for each
@@ -21,6 +27,7 @@ _SHARED_ARRAY = re.compile(r"^ *__shared__ alignas\(\d+\) \w+ (\w+)\[\d+\];$", r
 _ASSIGNMENT = re.compile(r"^\s*(?:(\w+)(?:\[[^\[\]]*\])?|\*\(\w+\*\)\((\w+) \+ [^;=]*\)) = (.*);$")
 _IMPURE = re.compile(r"asm|sync|shfl|atomic|volatile|mma|ptx|tvm_|[^<>=!]=[^=]")
 _WORD = re.compile(r"\w+")
+_PACKED = re.compile(r"\bmake_(longlong4|u?int[24])\(")
 _NAME = "tuner_read_"
 
 
@@ -28,14 +35,39 @@ def rewritten(source: str) -> str:
     """The source with elements of local arrays, and what is read from shared memory twice, as variables.
 
     Functions that are small, or index a local array with anything but a number, stay as they are: there the optimiser's
-    decision to unroll a loop depends on what is in it.
+    decision to unroll a loop depends on what is in it. Vectors of more elements than their type has can be made.
 
     Args:
         source: CUDA C++ as TVM generates it.
     """
     if _NAME in source:
         return source
-    return _FUNCTION.sub(lambda found: _rewritten_function(found[0]), source)
+    return _FUNCTION.sub(lambda found: _rewritten_function(found[0]), _with_packing(source))
+
+
+def _with_packing(source: str) -> str:
+    """The source with the functions that make a vector of eight or sixteen smaller elements, if it makes any vector."""
+    kinds = sorted(set(_PACKED.findall(source)))
+    start = source.find('extern "C"')
+    if not kinds or start < 0:
+        return source
+    made = "".join(_packing(kind, elements) for kind in kinds for elements in (8, 16))
+    return f"{source[:start]}{made}{source[start:]}"
+
+
+def _packing(kind: str, elements: int) -> str:
+    """A function of ``make_``'s name with so many arguments of one type; it fits only where their sizes add up."""
+    parameters = ", ".join(f"T v{number}" for number in range(elements))
+    values = ", ".join(f"v{number}" for number in range(elements))
+    return (
+        f"template <typename T> static __device__ inline {kind} make_{kind}({parameters}) {{\n"
+        f'  static_assert(sizeof(T) * {elements} == sizeof({kind}), "elements of another size");\n'
+        f"  const T values[{elements}] = {{{values}}};\n"
+        f"  {kind} packed;\n"
+        f"  memcpy(&packed, values, sizeof(packed));\n"
+        f"  return packed;\n"
+        f"}}\n"
+    )
 
 
 def _rewritten_function(function: str) -> str:
