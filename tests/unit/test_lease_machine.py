@@ -208,6 +208,20 @@ def test_a_task_that_several_tuned_is_promoted_once_by_one_that_has_the_records_
     assert grant.token > max(bench.tokens) + 1  # a gap: the instance has to look up what the other measured
 
 
+def test_an_instance_with_nothing_left_to_measure_promotes_as_many_as_others_cannot_take_yet() -> None:
+    bench = Bench(tasks=12, trials=96, in_flight=96)
+    bench.accept(bench.join("a"))
+    while any(lease.trials for lease in bench.machine.board.instances["a"].leases.values()):
+        for lease in list(bench.machine.board.instances["a"].leases.values()):
+            bench.accept(bench.measure("a", lease.task, lease.token, lease.outstanding))
+            if lease.trials:
+                bench.accept(bench.feed(m.LeaseEnded, "a", lease.task, lease.token, "measured"))
+    at_a = bench.machine.board.instances["a"].conclusions
+    bench.accept(bench.join("b"))
+    assert at_a >= 6
+    assert bench.machine.board.instances["b"].conclusions == min(12 - at_a, 6) > 1
+
+
 def test_a_restarted_instance_gets_the_records_again_because_its_store_may_be_new() -> None:
     bench = Bench(tasks=1, trials=100)
     bench.accept(bench.join("a"))

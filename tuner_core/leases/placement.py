@@ -270,7 +270,7 @@ def _is_home(board: Board, task: TaskLedger) -> bool:
 def _conclusion(board: Board, usable: list[InstanceState]) -> Step | None:
     """Promotion where the task was tuned.
 
-    An idle instance takes it when that one has others to promote, any when that one is far slower.
+    Where nothing else is left to do, another takes it when that one has enough to promote; any, when it is far slower.
     """
     waiting = [
         task
@@ -299,7 +299,7 @@ def _conclusion(board: Board, usable: list[InstanceState]) -> Step | None:
         if task.home in ready:
             return Place(task, ready[task.home], 0, conclude=True)
         away = not _is_home(board, task) or speeds.get(task.home or "", math.inf) * SLOWER_BY < fastest
-        if free := [one for one in ready.values() if away or not one.leases]:
+        if free := [one for one in ready.values() if away or len(one.leases) == one.conclusions]:
             return Place(task, min(free, key=lambda one: (len(one.leases), one.name)), 0, conclude=True)
     return None
 
