@@ -1,11 +1,14 @@
 """How well one job spreads over several instances: efficiency, failover, and what the client costs.
 
-    python benchmarks/sharding.py [--instances 1 2 4 16] [--trials 200] [--heartbeat-s 5]
+    python benchmarks/sharding.py [--instances 1 2 4 16] [--trials 200] [--heartbeat-s 5] [--virtual]
 
 Instances are server processes that replay recorded measurements over real gRPC (``tests/replay_server.py``): each
 measures five trials per second whatever machine this runs on, so the figures are about sharding, not about a device.
 The same jobs run in virtual time, too (``tests/replay/world.py``): what the design allows, without this machine.
-About seven minutes.
+Servers at the speed of a GPU (26 trials per second each, most of a trial its build) run in virtual time only, as the
+servers' own state machines over invented processes (``tests/replay/servers.py``): with as many operators and trials as
+ResNet-50 has on one server of its own, and on several. About seven minutes; ``--virtual``: only what needs no servers,
+in seconds, printed and not written.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import results
 from tests.integration.replay_fleet import FACTS, Fleet, Script, fleet, records_of
 from tests.replay.instance import CONCLUSION_TRIALS, ReplayInstance
+from tests.replay.pipeline import Costs
+from tests.replay.servers import spread as spread_at_gpu_speed
 from tests.replay.source import replay_tasks
 from tests.replay.world import World
 from tests.replay_server import replay_spec
@@ -43,7 +49,9 @@ TASKS_EACH, UNTUNABLE_EACH = 4, 2
 NETWORK_S = (0.001, 0.02)
 RESNET50_TASKS = 25
 SPEED_TRIALS, SPEED_TRIAL_S = 8_000, 0.02
+GPU_TRIALS, GPU_SEEDS = 500, 12
 GOALS = {4: 0.9, 16: 0.8}
+GPU_GOAL = 0.9
 
 
 def busy_share(tasks: int, untunable: int, trials: int, instances: int, elapsed_s: float) -> float:
@@ -86,6 +94,35 @@ def simulated(
         "elapsed_s": round(world.now_s, 2),
         "search_s": round(world.counted_s[-1] - world.counted_s[0], 2),
         "of_capacity": round(trials / world.now_s / capacity, 3),
+    }
+
+
+def at_gpu_speed(instances: int, heartbeat_s: float) -> dict[str, Any]:
+    """A job of many operators on instances as fast as a GPU beside a job of one such server's own, in virtual time.
+
+    Args:
+        instances: How many.
+        heartbeat_s: Of the leases.
+
+    Returns:
+        Means over several seeds: how many times faster the search and the whole job were (without the measurement of
+        the model), both also for each instance, and the share of time in which the build processes were busy.
+    """
+    trials = GPU_TRIALS * instances
+    found = [
+        spread_at_gpu_speed(instances, trials, Costs(), seed=seed, heartbeat_s=heartbeat_s) for seed in range(GPU_SEEDS)
+    ]
+    search, job = (statistics.fmean(getattr(one, name) for one in found) for name in ("search", "job"))
+    return {
+        "at_gpu_speed": True,
+        "instances": instances,
+        "trials": trials,
+        "seeds": GPU_SEEDS,
+        "speedup_of_search": round(search, 3),
+        "speedup": round(job, 3),
+        "efficiency_of_search": round(search / instances, 3),
+        "efficiency": round(job / instances, 3),
+        "builds_busy": round(statistics.fmean(one.busy for one in found), 3),
     }
 
 
@@ -196,17 +233,48 @@ def failover(number: signal.Signals, heartbeat_s: float) -> dict[str, Any]:
         }
 
 
+def _in_virtual_time(trials: int, heartbeat_s: float) -> list[dict[str, Any]]:
+    """Rows that need no servers; ``trials`` for each instance."""
+    rows: list[dict[str, Any]] = []
+    for instances, tasks, factors in (
+        (4, RESNET50_TASKS, (1.0,)),
+        (16, RESNET50_TASKS, (1.0,)),
+        (16, 8, (1.0,)),
+        (16, RESNET50_TASKS, (1.0, 1.0, 1.0, 4.0)),
+    ):
+        found = simulated(instances, tasks, 8, trials * instances, heartbeat_s, factors)
+        rows.append({"simulated_only": found, "instances": instances, "tasks": tasks, "factors": factors})
+        slow = f", every fourth {factors[-1]:g} times slower" if len(factors) > 1 else ""
+        print(
+            f"simulated: {tasks} operators on {instances}{slow}: {found['of_capacity']:.2f} of what all could measure"
+        )
+    for count in (2, 4):
+        row = at_gpu_speed(count, heartbeat_s)
+        rows.append(row)
+        met = "met" if row["efficiency"] >= GPU_GOAL else "NOT met"
+        print(
+            f"simulated: {count} at the speed of a GPU: search {row['speedup_of_search']:.2f}, "
+            f"job {row['speedup']:.2f} times as fast as on one, builds busy {row['builds_busy']:.2f}   "
+            f"goal {GPU_GOAL * count:.1f}: {met}"
+        )
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything, write ``results/sharding.json``, say whether the goals are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instances", type=int, nargs="+", default=[1, 2, 4, 16])
     parser.add_argument("--trials", type=int, default=200, help="per instance")
     parser.add_argument("--heartbeat-s", type=float, default=5.0)
+    parser.add_argument("--virtual", action="store_true", help="only what runs in virtual time")
     parser.add_argument("--directory", type=Path, default=results.DIRECTORY)
     options = parser.parse_args(arguments)
     heartbeat_s = options.heartbeat_s
     before = results.machine()
     rows: list[dict[str, Any]] = []
+    if options.virtual:
+        _in_virtual_time(options.trials, heartbeat_s)
+        return
 
     print("as much work for each instance: 4 tuned operators, 2 others, trials")
     print(
@@ -230,18 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     few = spread(16, 8, 8, options.trials * 16, heartbeat_s)
     rows.append({"fewer_tasks_than_instances": True, **few})
     print(f"8 operators on 16 servers: {few['elapsed_s']:.1f} s, {few['of_capacity']:.2f} of what all could measure")
-    for instances, tasks, factors in (
-        (4, RESNET50_TASKS, (1.0,)),
-        (16, RESNET50_TASKS, (1.0,)),
-        (16, 8, (1.0,)),
-        (16, RESNET50_TASKS, (1.0, 1.0, 1.0, 4.0)),
-    ):
-        found = simulated(instances, tasks, 8, options.trials * instances, heartbeat_s, factors)
-        rows.append({"simulated_only": found, "instances": instances, "tasks": tasks, "factors": factors})
-        slow = f", every fourth {factors[-1]:g} times slower" if len(factors) > 1 else ""
-        print(
-            f"simulated: {tasks} operators on {instances}{slow}: {found['of_capacity']:.2f} of what all could measure"
-        )
+    rows += _in_virtual_time(options.trials, heartbeat_s)
     rows.append(client_at_speed(heartbeat_s))
     print(
         f"client at {rows[-1]['client_at_trials_per_s']:.0f} trials/s: "
