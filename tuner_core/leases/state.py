@@ -25,8 +25,9 @@ class LeaseSettings:
         heartbeat_s: How often deadlines are renewed.
         silent_heartbeats: An instance that says nothing for so many heartbeats loses its leases. Less than two, so
             that they run elsewhere before two heartbeats have passed.
-        ahead_batches: Batches leased to one instance beyond what it has measured, so that its pipeline never empties.
-        task_ahead_batches: The same of one task.
+        ahead_batches: Batches leased beyond what it has measured to an instance that does not say how many candidates
+            keep it busy, so that its pipeline never empties.
+        task_ahead_batches: The same of one task; more where there are few tasks for each instance.
         baselines_at_once, conclusions_at_once: Leases of these kinds at one instance.
         slow_factor: An instance so many times slower than the others loses its leases.
         stuck_s: A lease without any result for so long moves.
