@@ -54,7 +54,7 @@ class UnrolledStatements:
                 self._private.append(place)
             elif place[1] > 0:  # the outermost loop holds barriers, and stays a loop
                 self._inner.append(place)
-        self._limit = _unroll_limit(space, instructions)
+        self._limit = unroll_limit(space, instructions)
 
     def of(self, point: Point) -> float:
         """Statements of a thread: what TVM unrolls, and what the device's compiler unrolls of the loops it finds."""
@@ -77,8 +77,13 @@ def cheaper(candidates: Sequence[Located], cost: BuildCost, rng: random.Random) 
     return rng.choices(candidates, [1.0 / cost(located) for located in candidates])[0]
 
 
-def _unroll_limit(space: DesignSpace, instructions: Sequence[Sequence[Any]]) -> Callable[[Point], int]:
-    """How to find in a point up to how many statements TVM unrolls."""
+def unroll_limit(space: DesignSpace, instructions: Sequence[Sequence[Any]]) -> Callable[[Point], int]:
+    """How to find in a point up to how many statements TVM unrolls.
+
+    Args:
+        space: The space.
+        instructions: Its trace's instructions as parsed JSON.
+    """
     for kind, inputs, attrs, _outputs in instructions:
         if kind != "Annotate" or attrs[0] != _UNROLL:
             continue

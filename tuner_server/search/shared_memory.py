@@ -14,14 +14,15 @@ be followed counts as nothing, so that a point is refused only where it surely a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tuner_server.search.space import DesignSpace, Point
 from tuner_server.search.tiling import SPATIAL_LEVELS, Place, bound_loops, iterations
 
-_STAGES = "software_pipeline_stage"
+STAGES = "software_pipeline_stage"
+"""Annotation of a loop whose blocks overlap: the stage of each."""
 _SCOPE = "shared"
 _DYNAMIC_SCOPE = "shared.dyn"
 
@@ -78,15 +79,20 @@ class _Copy:
     align: tuple[int, int, int] | None = None
     versions: int = 1
 
-    def size(self, point: Point) -> int:
-        """Bytes."""
+    def shape(self, point: Point) -> list[int]:
+        """Elements along each dimension; one of none where that is unknown."""
         tiles = [iterations(point, places) for places in self.inside]
         shape = []
         for span in self.access.spans:
             if span.strides is None:
-                return 0
+                return [0]
             reach = span.elements + sum(stride * (tile - 1) for stride, tile in zip(span.strides, tiles, strict=True))
             shape.append(min(reach, span.extent))
+        return shape
+
+    def size(self, point: Point) -> int:
+        """Bytes."""
+        shape = self.shape(point)
         if self.align is not None:
             dim, factor, offset = self.align
             inner = math.prod(shape[dim + 1 :])
@@ -116,7 +122,7 @@ class SharedMemoryLimits:
     ) -> None:
         self._limit_bytes = limit_bytes
         self._loops = _TiledLoops(space, instructions)
-        self._inputs: list[_Copy] = []
+        self._inputs: dict[str, _Copy] = {}
         self._outputs: list[tuple[int, tuple[Place, ...]]] = []
         self._dynamic = False
         self._pipelined: list[tuple[Place, ...]] = []
@@ -136,11 +142,11 @@ class SharedMemoryLimits:
             elif kind == "StorageAlign" and inputs[0] in copies:
                 dim = attrs[1] % len(copies[inputs[0]].access.spans)
                 copies[inputs[0]] = replace(copies[inputs[0]], align=(dim, attrs[2], attrs[3]))
-            elif kind == "Annotate" and attrs == [_STAGES]:
+            elif kind == "Annotate" and attrs == [STAGES]:
                 versions = max(inputs[1]) + 1
                 copies = {name: replace(copy, versions=versions) for name, copy in copies.items()}
                 self._pipelined.append(self._loops.places(inputs[0]))
-        self._inputs = [copy for copy in copies.values() if copy.inside]
+        self._inputs = {name: copy for name, copy in copies.items() if copy.inside}
 
     def _add_output(self, write: Access) -> None:
         """The write-back of tensor cores: all warps' tiles along the last spatial loop, one row of them at a time."""
@@ -152,9 +158,14 @@ class SharedMemoryLimits:
 
     def size(self, point: Point) -> int:
         """Bytes that a block of threads needs at least."""
-        inputs = sum(copy.size(point) for copy in self._inputs)
+        inputs = sum(copy.size(point) for copy in self._inputs.values())
         outputs = sum(fragment * iterations(point, places) for fragment, places in self._outputs)
         return max(inputs, outputs) if self._dynamic else inputs + outputs
+
+    def fetched(self, point: Point) -> Iterator[tuple[str, int]]:
+        """The blocks that copy inputs, with the elements that a block of threads copies at a time."""
+        for name, copy in self._inputs.items():
+            yield name, math.prod(copy.shape(point))
 
     def allow(self, point: Point) -> bool:
         """Whether the point's tiles fit, and its pipeline has something to overlap."""

@@ -20,6 +20,7 @@ from tuner_server.search.build_cost import UnrolledStatements
 from tuner_server.search.registers import RegisterLimits
 from tuner_server.search.shared_memory import SharedMemoryLimits
 from tuner_server.search.space import DesignSpace, Point, Value
+from tuner_server.search.statements import StatementLimits
 from tuner_server.search.threads import ThreadLimits
 
 _GENERATIONS = 8
@@ -111,10 +112,12 @@ class Sketches:
 
         max_threads, warp_size = attribute("max_threads_per_block", 1024), attribute("thread_warp_size", 32)
         accesses = cached_blocks(self._mod, self._instructions[space.index], sketch.trace.decisions)
+        shared = SharedMemoryLimits(space, instructions, accesses, attribute("max_shared_memory_per_block", 49152))
         return (
             ThreadLimits(space, instructions, max_threads, warp_size),
             RegisterLimits(space, instructions, _value_bytes(self._mod), attribute("registers_per_block", 65536)),
-            SharedMemoryLimits(space, instructions, accesses, attribute("max_shared_memory_per_block", 49152)),
+            shared,
+            StatementLimits(space, instructions, shared, warp_size),
         )
 
     def _generate(self, seed: int) -> tuple[ms.TuneContext, Sequence[Schedule]]:
