@@ -74,3 +74,13 @@ def test_a_point_of_more_statements_than_a_build_may_have_is_refused() -> None:
     decided = point(serial=16, unroll=2)
     assert limits(TRACE, limit=288).allow(decided)
     assert not limits(TRACE, limit=287).allow(decided)
+
+
+@pytest.mark.parametrize("unroll", [0, 1, 2])
+def test_no_large_kernel_passes_for_its_limit_of_unrolling(unroll: int) -> None:
+    for limit in (16, 70, 300, 3000):
+        checked = limits(TRACE, limit=limit)
+        for virtual in (1, 8, 16, 32):
+            for serial in (1, 4, 64):
+                decided = point(virtual=virtual, serial=serial, unroll=unroll)
+                assert checked.allow(decided) == (checked.at_least(decided) <= limit)

@@ -162,6 +162,11 @@ class SharedMemoryLimits:
         outputs = sum(fragment * iterations(point, places) for fragment, places in self._outputs)
         return max(inputs, outputs) if self._dynamic else inputs + outputs
 
+    @property
+    def copies(self) -> int:
+        """Number of inputs that are copied to shared memory."""
+        return len(self._inputs)
+
     def fetched(self, point: Point) -> Iterator[tuple[str, int]]:
         """The blocks that copy inputs, with the elements that a block of threads copies at a time."""
         for name, copy in self._inputs.items():

@@ -72,6 +72,10 @@ class StatementLimits:
             ),
             default=0,
         )
+        # what is counted below: first values, writing back, and in each stage sums and copies, each up to the limit
+        self._harmless = limit // (2 + (1 + shared_memory.copies) * (self._stages + 1))
+        if self._harmless < _UNROLLED_THREADS:
+            self._harmless = -1
 
     def at_least(self, point: Point) -> int:
         """Statements that the kernel has, or more."""
@@ -100,7 +104,7 @@ class StatementLimits:
 
     def allow(self, point: Point) -> bool:
         """Whether the point's kernel may be small enough."""
-        return self.at_least(point) <= self._limit
+        return self._unroll_limit(point) <= self._harmless or self.at_least(point) <= self._limit
 
 
 def _unrolled(point: Point, places: Sequence[Place], leaf: int, limit: int) -> int:
