@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tuner_core.allocation.budget import MIN_TRIALS
 from tuner_core.leases import messages as m
 from tuner_core.leases.machine import LeaseMachine
 from tuner_core.leases.state import EPOCH_BITS, LeaseSettings, TaskHistory, TaskPlan
@@ -21,7 +22,8 @@ class Bench:
         plans += [TaskPlan(f"u{i}", 1, False) for i in range(untunable)]
         wait_s = more.pop("wait_s", None)
         self.in_flight = more.pop("in_flight", 0)
-        self.machine = LeaseMachine(plans, trials, LeaseSettings(heartbeat_s=H, wait_s=wait_s), **more)
+        settings = LeaseSettings(heartbeat_s=H, wait_s=wait_s, negligible_share=more.pop("negligible_share", 0.0))
+        self.machine = LeaseMachine(plans, trials, settings, **more)
         self.now = 0.0
         self.trial = 0
         self.tokens: set[int] = set()
@@ -206,6 +208,25 @@ def test_a_task_that_several_tuned_is_promoted_once_by_one_that_has_the_records_
     (grant,) = grants(bench.feed(m.Warmed, warm.instance, "t0", warm.token))
     assert grant.conclude
     assert grant.token > max(bench.tokens) + 1  # a gap: the instance has to look up what the other measured
+
+
+def test_a_fast_instance_leaves_trials_for_operators_that_wait_for_their_baselines_to_tell_whether_they_get_any() -> (
+    None
+):
+    bench = Bench(tasks=10, trials=128, in_flight=300, negligible_share=0.005)
+    bench.accept(bench.join("a"))
+    board = bench.machine.board
+    waiting = [name for name, task in board.tasks.items() if not task.chosen]
+    assert waiting and board.unassigned >= MIN_TRIALS * len(waiting)
+    for name, task in board.tasks.items():
+        bench.accept(bench.feed(m.BaselineMeasured, "a", name, task.last_token, 10.0, f"baseline-{name}"))
+    assert board.chosen and all(task.chosen for task in board.tasks.values())
+    while board.unassigned or board.instances["a"].outstanding:
+        for lease in list(board.instances["a"].leases.values()):
+            bench.accept(bench.measure("a", lease.task, lease.token, lease.outstanding))
+            if not lease.conclude:
+                bench.accept(bench.feed(m.LeaseEnded, "a", lease.task, lease.token, "measured"))
+    assert all(len(task.counted) >= MIN_TRIALS for task in board.tasks.values())
 
 
 def test_an_instance_with_nothing_left_to_measure_promotes_as_many_as_others_cannot_take_yet() -> None:

@@ -24,7 +24,7 @@ def held(board: Board, task: TaskLedger, holder: str, out: list[m.Instruction]) 
         return
     if not any(one.awaited is not None and one.awaited.holder == holder for one in board.tasks.values()):
         out.append(m.Say(f"{holder} tunes operators of this model at this moment: their records are taken from there"))
-    aside = min(board.unassigned, max(0, board.fair_trials - task.known))
+    aside = _fair_share(board, task)
     board.unassigned -= aside
     task.awaited = Awaited(holder, aside, ask_s)
 
@@ -32,7 +32,7 @@ def held(board: Board, task: TaskLedger, holder: str, out: list[m.Instruction]) 
 def published(board: Board, task: TaskLedger, event: m.LeaseEnded, out: list[m.Instruction]) -> None:
     """Another job is done with the task, and its best is this job's, too; its share of the budget is saved."""
     if task.awaited is None:
-        board.unassigned -= min(board.unassigned, max(0, board.fair_trials - task.known))
+        board.unassigned -= _fair_share(board, task)
     holder, task.awaited = task.awaited.holder if task.awaited is not None else "another job", None
     task.state, task.verified = _state(event.fallback), True
     task.best_us, task.best_trial_id, task.reused = event.best_latency_us, event.best_trial_id, event.reused
@@ -57,6 +57,11 @@ def pay(board: Board, task: TaskLedger, trials: int) -> None:
         task.awaited.set_aside -= trials
     else:
         board.unassigned -= trials
+
+
+def _fair_share(board: Board, task: TaskLedger) -> int:
+    """Trials that would be the task's, as far as they are there and others do not need them to be tuned at all."""
+    return max(0, min(board.unassigned - board.reserved(besides=task), board.fair_trials - task.known))
 
 
 def _state(fallback: bool) -> TaskState:

@@ -145,7 +145,7 @@ def _outlook(board: Board, usable: list[InstanceState], rooms: _Rooms) -> _Outlo
         gains=gains,
         top=max((gain for gain in gains.values() if gain != math.inf), default=0.0),
         rooms=rooms,
-        reserved=sum(task.missing for task in tasks) if board.leased() else 0,
+        reserved=board.reserved() if board.leased() else board.undecided(),
         crowded=any(count > 1 for count in searches),
     )
 
@@ -187,7 +187,7 @@ def _orphan(board: Board, usable: list[InstanceState]) -> Step | None:
     rates = {one.name: liveness.rate(one, board.now_s) for one in usable}
     fastest = max((rate for rate in rates.values() if rate), default=1.0)
     one = min(usable, key=lambda one: (one.outstanding / (rates[one.name] or fastest), one.name))
-    reserved = sum(task.missing for task in board.open_tasks())
+    reserved = board.reserved()
     for task in orphans:
         if (count := min(one.batch, board.unassigned - reserved + task.missing)) > 0:
             return Place(task, one, count)

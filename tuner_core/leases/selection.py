@@ -51,7 +51,8 @@ def choose(board: Board, out: list[m.Instruction]) -> None:
     need = sum(max(0, budget.MIN_TRIALS - task.known) for task in undecided)
     if board.unassigned >= need:
         light = _light(board, undecided)
-        if light and any(not task.baseline_known for task in board.tasks.values() if task.plan.tunable):
+        tunable = [task for task in board.tasks.values() if task.plan.tunable]
+        if light and any(not task.baseline_known and task.awaited is None for task in tunable):
             for task in undecided:
                 task.chosen = task not in light
             return

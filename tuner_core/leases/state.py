@@ -336,6 +336,23 @@ class Board:
         """Tasks that may get trials."""
         return [task for task in self.tasks.values() if task.open]
 
+    def reserved(self, besides: TaskLedger | None = None) -> int:
+        """Trials that must stay for tasks that have not had their least, those included that may not get any.
+
+        Args:
+            besides: A task that does not count.
+        """
+        return sum(task.missing + self._undecided(task) for task in self.tasks.values() if task is not besides)
+
+    def undecided(self) -> int:
+        """Trials that must stay for tasks of which it is not known yet whether they get any."""
+        return sum(map(self._undecided, self.tasks.values()))
+
+    def _undecided(self, task: TaskLedger) -> int:
+        if self.chosen or task.chosen or not task.plan.tunable or task.state.final or task.awaited is not None:
+            return 0
+        return max(0, MIN_TRIALS - task.known)
+
     def leased(self) -> bool:
         """Whether any lease is out."""
         return any(task.leases for task in self.tasks.values())
