@@ -7,7 +7,10 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import FrameType
+from typing import Any, cast
 
 from tuner_core.errors import TunerError
 
@@ -40,16 +43,31 @@ def without_torch() -> Iterator[None]:
     """Have TVM imported without torch, unless this process has imported that already.
 
     tvm_ffi imports torch where it is installed: half a gigabyte, and it asks torch for GPUs, which initialises CUDA.
-    Afterwards torch is unknown rather than None in ``sys.modules``, where scipy looks.
+    Torch is not found, as if it were not installed. None in ``sys.modules`` would be simpler, but scipy, which xgboost
+    imports, takes what is there for torch.
     """
     if "torch" in sys.modules:
         yield
         return
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.meta_path[:] = [cast(MetaPathFinder, _NoTorch(finder)) for finder in sys.meta_path]
     try:
         yield
     finally:
-        del sys.modules["torch"]
+        sys.meta_path[:] = [one.finder if isinstance(one, _NoTorch) else one for one in sys.meta_path]
+
+
+class _NoTorch:
+    """A finder of modules that finds all but one."""
+
+    def __init__(self, finder: Any) -> None:
+        self.finder = finder
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec: ModuleSpec | None = None if fullname == "torch" else self.finder.find_spec(fullname, path, target)
+        return spec
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.finder, name)
 
 
 def leave_torch_out() -> None:
