@@ -29,8 +29,7 @@ class SimulatedEngine:
         self.reported: Counter[int] = Counter()
         self.said: list[str] = []
         self.finish: m.Finish | None = None
-        self.most_batches: Counter[int] = Counter()
-        self.most_in_all = 0
+        self.in_flight: list[tuple[int, int]] = []  # of a task that gets a batch, and of all: with that batch
         self.space: Mapping[int, int] = {}
         self.failing: set[int] = set()
         self.wrong: set[str] = set()
@@ -71,9 +70,9 @@ class SimulatedEngine:
                     self.unmeasured_when_preparing.append(self.machine.trials - sum(self.measured.values()))
                 case _:
                     self.pending.append(instruction)
-        for index, task in enumerate(self.machine.tasks):
-            self.most_batches[index] = max(self.most_batches[index], len(task.batches))
-        self.most_in_all = max(self.most_in_all, sum(len(task.batches) for task in self.machine.tasks))
+            if isinstance(instruction, m.Generate):
+                outstanding = [task.outstanding for task in self.machine.tasks]
+                self.in_flight.append((outstanding[instruction.task], sum(outstanding)))
 
     def _answer(self, instruction: m.Instruction) -> list[m.Event]:
         match instruction:
@@ -130,12 +129,45 @@ def test_every_trial_of_the_budget_is_measured_and_reported_once(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_batches_in_flight_of_each_task_and_no_more_in_all_than_allowed(seed: int) -> None:
+def test_as_much_is_in_flight_as_two_batches_of_each_task_hold_and_no_more_in_all_than_allowed(seed: int) -> None:
     tasks = [TaskPlan(f"t{n}", 1, True) for n in range(6)]
-    engine = SimulatedEngine(machine_for(tasks, 600, batches_at_once=5), seed)
+    engine = SimulatedEngine(machine_for(tasks, 600, batch=16, batches_at_once=5), seed)
     engine.run()
-    assert max(engine.most_batches.values()) == 2
-    assert engine.most_in_all == 5
+    assert 4 * 16 < max(everything for _, everything in engine.in_flight) <= 5 * 16
+    assert max(one for one, everything in engine.in_flight if everything - 16 > 5 * 16 / 3) <= 2 * 16
+
+
+def test_stragglers_do_not_keep_a_task_from_its_next_batch() -> None:
+    machine = machine_for(THREE[:1], 200, batch=8, batches_at_once=4)
+    out = machine.handle(m.Started({}, {}))
+    out += machine.handle(m.BaselineMeasured(0, "fallback0", 5000.0))
+    asked: list[m.Generate] = [one for one in out if isinstance(one, m.Generate)]
+    built = [trace for n, one in enumerate(asked) for trace in (f"{n}-{k}" for k in range(one.count))]
+    for n, one in enumerate(asked):
+        machine.handle(m.CandidatesReady(0, one.batch, tuple(f"{n}-{k}" for k in range(one.count))))
+    batch_of = {f"{n}-{k}": one.batch for n, one in enumerate(asked) for k in range(one.count)}
+    slow = {f"{n}-0" for n in range(len(asked))}  # the first of each batch takes long to build
+    more: list[m.Instruction] = []
+    for trace in built:
+        if trace not in slow:
+            more += machine.handle(m.TrialMeasured(0, batch_of[trace], trace, 100.0, f"id-{trace}"))
+    reports = [one for one in more if isinstance(one, m.Report)]
+    generated = [one for one in more if isinstance(one, m.Generate)]
+    assert generated, "the processes would stand idle until the slow ones are built"
+    known = [trial.trace for one in reports for trial in one.results]
+    assert len(known) == len(set(known)) and set(known) <= set(built) - slow
+    assert more.index(reports[0]) < more.index(generated[0]), "and the search knows what has been measured by then"
+    for trace in slow:
+        more += machine.handle(m.TrialMeasured(0, batch_of[trace], trace, 100.0, f"id-{trace}"))
+    known = [trial.trace for one in more if isinstance(one, m.Report) for trial in one.results]
+    assert sorted(known) == sorted(built), "everything is reported, and once"
+
+
+def test_a_task_has_more_in_flight_when_the_stages_have_little_else_to_do() -> None:
+    heavy = [TaskPlan("heavy", 50, True), TaskPlan("light", 1, True)]
+    engine = SimulatedEngine(machine_for(heavy, 400, batch=8, batches_at_once=12))
+    engine.run()
+    assert 2 * 8 < max(one for one, _ in engine.in_flight) <= 4 * 8
 
 
 def test_the_untuned_model_is_built_once_beside_the_last_trials() -> None:
@@ -154,7 +186,7 @@ def test_tasks_that_gain_least_are_promoted_while_the_others_share_the_rest_of_t
     early = [task for task, left in engine.unassigned_when_promoting.items() if left > 0]
     assert len(early) >= 4, "they would be promoted one after the other when all trials are given out"
     assert max(engine.unassigned_when_promoting.values()) <= 8 * 20, "not while the budget is large"
-    assert engine.most_in_all == 20
+    assert 19 * 8 < max(everything for _, everything in engine.in_flight) <= 20 * 8
 
 
 def test_few_tasks_all_search_to_the_end_of_the_budget() -> None:

@@ -33,6 +33,8 @@ from tuner_server.scheduler.progress import TaskProgress
 
 WORTH_WAITING_FOR = 0.25
 """A free task that gains less than this share of what a busy one gains does not get its batch now."""
+LITTLE_TO_DO = 1 / 3
+"""Share of what may be in flight below which processes soon stand idle: two candidates for each core that builds."""
 
 
 class JobMachine:
@@ -302,30 +304,38 @@ class JobMachine:
     def _next_task(self) -> int | None:
         """The task that gets the next batch: first those that have none yet, then by the gradient.
 
-        A task that would gain far less than one whose batches are all in flight waits, so that a full pipeline does
-        not spend the budget on tasks that hardly matter; unless nothing else keeps the stages busy.
+        A task that would gain far less than one that has as much in flight as it may waits, so that a full pipeline
+        does not spend the budget on tasks that hardly matter. Where the stages have little to do, tasks may have twice
+        as much in flight: to know less when proposing costs less than to stand idle.
         """
         open_tasks = [
             index
             for index, task in enumerate(self.tasks)
             if task.chosen and not task.exhausted and not task.promoting and not task.state.final
         ]
-        in_flight = sum(len(self.tasks[index].batches) for index in open_tasks)
-        # Until it is known which tasks are worth trials, a few batches bridge the time.
-        if in_flight >= (self.limits.batches_at_once if self._weighed else self.limits.batches_per_task):
+        batch = self.limits.batch
+        outstanding = {index: self.tasks[index].outstanding for index in open_tasks}
+        in_flight = sum(outstanding.values())
+        each = batch * self.limits.batches_per_task
+        everything = batch * self.limits.batches_at_once
+        if in_flight + batch > everything:
             return None
+        # Until it is known which tasks are worth trials, a few batches bridge the time.
+        if not self._weighed and sum(len(self.tasks[i].batches) for i in open_tasks) >= self.limits.batches_per_task:
+            return None
+        little = self._weighed and in_flight < LITTLE_TO_DO * everything
         gains = {index: self.gain(index) for index in open_tasks}
         free = [
             index
             for index in open_tasks
-            if len(self.tasks[index].batches) < self.limits.batches_per_task and self.unassigned > self._reserved(index)
+            if outstanding[index] + batch <= each * (1 + little) and self.unassigned > self._reserved(index)
         ]
         if not free:
             return None
         best = max(free, key=lambda index: (gains[index], self._untuned_us(index), -index))
         finite = [gain for gain in gains.values() if gain != float("inf")]
         hardly_matters = gains[best] < WORTH_WAITING_FOR * max(finite, default=0.0)
-        if hardly_matters and in_flight >= self.limits.batches_per_task:
+        if hardly_matters and not little:
             return None
         return best
 

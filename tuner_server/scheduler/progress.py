@@ -29,8 +29,8 @@ class Limits:
 
     Attributes:
         batch: Candidates per batch.
-        batches_per_task: Batches in flight per task: generated, building or being measured.
-        batches_at_once: Batches in flight of all tasks together.
+        batches_per_task: As many as these batches hold are in flight per task: generated, building or being measured.
+        batches_at_once: The same for all tasks together.
         top_k: Candidates measured again at the end of a task.
     """
 
@@ -110,6 +110,11 @@ class TaskProgress:
     kept: set[str] = field(default_factory=set)
     published: m.KnownTrial | None = None
     published_is_fallback: bool = False
+
+    @property
+    def outstanding(self) -> int:
+        """Candidates that were asked for, and those that are being built or measured."""
+        return sum(len(batch.waiting) if batch.generated else batch.asked for batch in self.batches.values())
 
     @property
     def fresh(self) -> int:

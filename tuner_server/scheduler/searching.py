@@ -16,11 +16,16 @@ def take_baseline(task: TaskProgress, baseline: m.KnownTrial) -> None:
 
 
 def ask(task: TaskProgress, batch_id: int, count: int, out: m.Sink, lease: int = 0) -> None:
-    """Ask for a batch of candidates, from a session that is opened at need."""
+    """Ask for a batch of candidates, from a session that is opened at need and knows all that is known by now."""
+    unreported = tuple(trial for batch in task.batches.values() for trial in batch.results)
+    for batch in task.batches.values():
+        batch.results = []
     if not task.session_open:
         task.session_open = True
         task.sessions += 1
         out.append(m.OpenSession(task.index, task.all_known()))
+    elif unreported:
+        out.append(m.Report(task.index, unreported))
     task.batches[batch_id] = Batch(count, lease, task.sessions)
     task.new_trials += count
     out.append(m.Generate(task.index, batch_id, count))
@@ -75,7 +80,7 @@ def session_lost(task: TaskProgress, event: m.SessionLost, out: m.Sink) -> int:
 
 
 def take_trial(task: TaskProgress, batch_id: int, trial: m.KnownTrial, top_k: int, out: m.Sink) -> None:
-    """A trial was measured, or failed; the search learns of it when its batch is complete."""
+    """A trial was measured, or failed; the search learns of it when its batch is complete, or asked for another."""
     batch = task.batches[batch_id]
     batch.waiting.discard(trial.trace)
     batch.results.append(trial)
