@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Device:
         self.states = ["idle"] * len(shares)
         self.shares = shares
         self.running: list[asyncio.Future[str]] = []
+        self.freed: list[Callable[[], None]] = []
         self.fleet = self
 
     def workers(self) -> list[WorkerSnapshot]:
@@ -35,10 +36,12 @@ class Device:
             for index, (share, state) in enumerate(zip(self.shares, self.states, strict=True))
         ]
 
-    async def measure(self, request: MeasureRequest) -> str:
+    async def measure(self, request: MeasureRequest, freed: Callable[[], None] | None = None) -> str:
         assert request.sm_percent == 25
         end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.running.append(end)
+        if freed is not None:
+            self.freed.append(freed)
         try:
             return await end
         finally:
@@ -84,6 +87,25 @@ def test_each_device_gets_as_many_requests_as_it_has_workers_of_the_share() -> N
         await finish(one, two)
         done = await asyncio.gather(*asked)
         assert {"one", "two"} == set(done)
+
+    asyncio.run(body())
+
+
+def test_a_worker_that_is_free_gets_the_next_request_before_the_answer_to_the_last_is_there() -> None:
+    async def body() -> None:
+        one, two = Device("one", 25), Device("two", 25)
+        asked = ask(lane(one, two), 4)
+        await settle()
+        assert (len(one.running), len(two.running)) == (1, 1)
+        one.freed[0]()  # its answer waits until no neighbour's fault can make it void
+        await settle()
+        assert (len(one.running), len(two.running)) == (2, 1)
+        one.freed[0]()
+        await settle()
+        assert (len(one.running), len(two.running)) == (2, 1), "a place is given back once"
+        await finish(one, two)
+        await finish(one, two)
+        assert len(await asyncio.gather(*asked)) == 4
 
     asyncio.run(body())
 

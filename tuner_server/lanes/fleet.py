@@ -63,8 +63,8 @@ class LaneFleet:
         """
         request = replace(request, sm_percent=self._sm_percent)
 
-        async def on(device: SharedDevice) -> Measurement:
-            return await device.fleet.measure(request)
+        async def on(device: SharedDevice, freed: Callable[[], None]) -> Measurement:
+            return await device.fleet.measure(request, freed)
 
         return await self._anywhere(on)
 
@@ -73,7 +73,7 @@ class LaneFleet:
     ) -> CheckOutcome:
         """Compare an artifact's outputs with a reference, see :meth:`WorkerFleet.check`."""
 
-        async def on(device: SharedDevice) -> CheckOutcome:
+        async def on(device: SharedDevice, _freed: Callable[[], None]) -> CheckOutcome:
             return await device.fleet.check(artifact, args_info, reference, fallback, sm_percent=self._sm_percent)
 
         return await self._anywhere(on)
@@ -112,28 +112,33 @@ class LaneFleet:
             device.wanted_alone -= 1
             self._dispatch()
 
-    async def _anywhere(self, work: Callable[[SharedDevice], Awaitable[T]]) -> T:
+    async def _anywhere(self, work: Callable[[SharedDevice, Callable[[], None]], Awaitable[T]]) -> T:
         while True:
-            async with self._place() as device:
+            async with self._place() as (device, freed):
                 try:
-                    return await work(device)
+                    return await work(device, freed)
                 except UnavailableError as error:
                     if self.capacity == 0:
                         raise
                     log.warning("%s: %s; measuring on another device", device.name, error)
 
     @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[SharedDevice]:
-        """A device to send a request to. With a single one its own queue does the waiting."""
+    async def _place(self) -> AsyncIterator[tuple[SharedDevice, Callable[[], None]]]:
+        """A device to send a request to, and what to call when its worker is free again, before the answer.
+
+        With a single device its own queue does the waiting.
+        """
         if len(self._devices) == 1:
-            yield self._devices[0]
+            yield self._devices[0], lambda: None
             return
         device = await self._next()
-        try:
-            yield device
-        finally:
-            self._out[device.name] -= 1
-            self._dispatch()
+        with contextlib.ExitStack() as place:
+            place.callback(self._leave, device)
+            yield device, place.close
+
+    def _leave(self, device: SharedDevice) -> None:
+        self._out[device.name] -= 1
+        self._dispatch()
 
     async def _next(self) -> SharedDevice:
         granted: asyncio.Future[SharedDevice] = asyncio.get_running_loop().create_future()

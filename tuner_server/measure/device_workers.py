@@ -43,6 +43,7 @@ class Work:
         timeout_s: Deadline from the moment a worker gets it.
         accepts: Which slots will do.
         expected_us: Latency of what is measured, microseconds; None: unknown.
+        freed: Called when its worker takes other requests; the answer comes later where faults spread.
     """
 
     op: str
@@ -50,6 +51,7 @@ class Work:
     timeout_s: float
     accepts: Callable[[WorkerSlot], bool]
     expected_us: float | None = None
+    freed: Callable[[], None] | None = None
 
 
 @dataclass(eq=False)
@@ -217,6 +219,8 @@ class DeviceWorkers:
             task.add_done_callback(group.discard)
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         done = await asyncio.shield(task)
+        if work.freed is not None:
+            work.freed()
         if self._provider.faults_spread and done.neighbours:
             self._settling.add(activity)
             try:

@@ -85,14 +85,19 @@ class WorkerFleet:
         """What measuring has cost so far: pauses, faults, restarts."""
         return self._metrics.facts()
 
-    async def measure(self, request: MeasureRequest) -> Measurement:
+    async def measure(self, request: MeasureRequest, freed: Callable[[], None] | None = None) -> Measurement:
         """Time one candidate on the next idle worker.
+
+        Args:
+            request: The candidate.
+            freed: Called when the worker takes other requests. The measurement itself may come half a second later: a
+                neighbour's fault could still make it void.
 
         Raises:
             TrialFailed: It failed, with its kind.
             TunerError: There is no worker, and none can be started.
         """
-        return await self._measure(request, alone=False)
+        return await self._measure(request, alone=False, freed=freed)
 
     async def check(
         self,
@@ -152,12 +157,14 @@ class WorkerFleet:
         async with self._workers.exclusive() as turn:
             yield Alone(self, turn, sm_percent)
 
-    async def _measure(self, request: MeasureRequest, *, alone: bool) -> Measurement:
+    async def _measure(
+        self, request: MeasureRequest, *, alone: bool, freed: Callable[[], None] | None = None
+    ) -> Measurement:
         accepts = _having(request.sm_percent)
         if not any(accepts(slot) for slot in self._workers.slots):
             raise ConflictError(f"no worker has a share of {request.sm_percent} %")
         done = await self._workers.perform(
-            Work("measure", request.arguments(), request.timeout_s, accepts, request.expected_us), alone=alone
+            Work("measure", request.arguments(), request.timeout_s, accepts, request.expected_us, freed), alone=alone
         )
         samples = tuple(float(sample) for sample in done.reply["samples_us"])
         summary = summarise(samples)
