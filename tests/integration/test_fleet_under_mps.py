@@ -21,6 +21,7 @@ from tests.integration.measured_libraries import VECTOR_ARGS
 from tuner_core.model import FailureKind
 from tuner_server.gpu.inventory import GpuInfo
 from tuner_server.gpu.lock import LOCK_DIRECTORY
+from tuner_server.measure import device_workers
 from tuner_server.measure.fleet import Measurement, MeasureRequest, WorkerFleet
 from tuner_server.measure.gate import CoreGate
 from tuner_server.partitions.interface import Partition
@@ -118,5 +119,34 @@ def test_a_worker_that_hangs_is_replaced_and_its_neighbour_is_not(tmp_path: Path
                 await fleet.measure(kernels.request(endless, 0.5))
             assert failure.value.kind is FailureKind.RUN_TIMEOUT
             assert len(before & await all_back(fleet)) == 1
+
+    asyncio.run(body())
+
+
+def test_a_worker_is_free_before_its_measurement_counts_and_right_outputs_count_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled = asyncio.Event()  # long after a neighbour's fault would have shown
+
+    async def until_settled(_seconds: float) -> None:
+        await settled.wait()
+
+    monkeypatch.setattr(device_workers, "settling", until_settled)
+    good = kernels.build("good", tmp_path, CPU)
+    slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
+
+    async def body() -> None:
+        async with two_workers(tmp_path) as (fleet, _provider):
+            neighbour = asyncio.create_task(fleet.measure(slow))
+            while not any(worker.state == "measuring" for worker in fleet.workers()):
+                await asyncio.sleep(0.01)
+            free = asyncio.Event()
+            measured = asyncio.create_task(fleet.measure(kernels.request(good), free.set))
+            await free.wait()
+            assert not measured.done(), "the neighbour may still spoil it"
+            checked = await fleet.check(good, kernels.ARGS_INFO, None, fallback=good)
+            assert checked.verdict == "ok" and not neighbour.done()
+            settled.set()
+            assert (await measured).neighbours == (await neighbour).neighbours == 1
 
     asyncio.run(body())
