@@ -138,71 +138,48 @@ def measure_side(
     """
     with tempfile.TemporaryDirectory() as folder:
         traces = [Path(folder) / f"{number}.trace.json" for number in range(len(servers))]
-        row, device = job_on_servers(side, servers, traces, model, seed, options)
+        with contextlib.ExitStack() as stack:
+            addresses = [
+                stack.enter_context(
+                    running_server(
+                        [
+                            *options.server_arguments,
+                            *(word for device in devices for word in ("--device", device)),
+                            *("--trace", str(trace)),
+                        ],
+                        cores=cores,
+                    )
+                ).address
+                for (devices, cores), trace in zip(servers, traces, strict=True)
+            ]
+            sampler = BusyShare(addresses)
+            sampler.start()
+            try:
+                document = tune(
+                    addresses,
+                    model,
+                    [
+                        "--name",
+                        options.job_name,
+                        *(("--sm-percent", str(options.sm_percent)) if options.sm_percent else ()),
+                    ],
+                    trials=options.trials,
+                    seed=seed,
+                    limit_s=options.side_limit_s,
+                )
+            finally:
+                sampler.stop()
+            records, hosts, measuring = [], [], []
+            for address in addresses:
+                client = stack.enter_context(Client(address))
+                hosts.append(client.host())
+                measuring.append([measuring_document(device.measuring) for device in hosts[-1].devices])
+                records += list(client.query(RecordFilter(model=options.job_name, include_failed=True)))
         # after the servers have ended, which makes their traces whole
-        row["timelines"] = [
+        timelines = [
             timeline_of(trace, options.out, f"{options.name}-{side}-{number}")
             for number, trace in enumerate(traces, start=1)
         ]
-    return row, device
-
-
-def job_on_servers(
-    side: str,
-    servers: Sequence[tuple[Sequence[str], Sequence[int]]],
-    traces: Sequence[Path],
-    model: Path,
-    seed: int,
-    options: argparse.Namespace,
-) -> tuple[dict[str, Any], Any]:
-    """Start a side's servers, tune, stop them; see :func:`measure_side`.
-
-    Args:
-        side: Its name.
-        servers: Devices and cores of each server.
-        traces: Where each writes its trace.
-        model: What to tune.
-        seed: Of the search.
-        options: Of the command line.
-    """
-    with contextlib.ExitStack() as stack:
-        running = [
-            stack.enter_context(
-                running_server(
-                    [
-                        *options.server_arguments,
-                        *(word for device in devices for word in ("--device", device)),
-                        *("--trace", str(trace)),
-                    ],
-                    cores=cores,
-                )
-            )
-            for (devices, cores), trace in zip(servers, traces, strict=True)
-        ]
-        addresses = [server.address for server in running]
-        sampler = BusyShare(addresses)
-        sampler.start()
-        try:
-            document = tune(
-                addresses,
-                model,
-                [
-                    "--name",
-                    options.job_name,
-                    *(("--sm-percent", str(options.sm_percent)) if options.sm_percent else ()),
-                ],
-                trials=options.trials,
-                seed=seed,
-                limit_s=options.side_limit_s,
-            )
-        finally:
-            sampler.stop()
-        records, hosts, measuring = [], [], []
-        for address in addresses:
-            client = stack.enter_context(Client(address))
-            hosts.append(client.host())
-            measuring.append([measuring_document(device.measuring) for device in hosts[-1].devices])
-            records += list(client.query(RecordFilter(model=options.job_name, include_failed=True)))
     unique = {record.trial_id: record for record in records}.values()
     times = sorted(record.created_at for record in unique if record.origin is Origin.SEARCH and not record.verified)
     workers = [worker for host in hosts for worker in host.workers]
@@ -227,6 +204,7 @@ def job_on_servers(
             task["weight"] * (task["best_latency_us"] or task["baseline_latency_us"] or 0.0)
             for task in document["tasks"]
         ),
+        "timelines": timelines,
     }
     return row, hosts[0].devices[0]
 
