@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,18 @@ def main() -> None:
         for seed, theirs, found in zip(seeds, stock, ours, strict=True):
             traces[task.name][f"stock {seed}"] = theirs["best"][task.name]["trace"]
             traces[task.name][f"service {seed}"] = found[task.name]["trace"]
-    measured = run_script(
-        "remeasure.py",
-        {
-            "target": target,
-            "device": kind,
-            "rounds": arguments.rounds,
-            "tasks": [{"name": task.name, "body": task.body, "traces": traces[task.name]} for task in tasks],
-        },
-        environment,
-    )["tasks"]
+    with tempfile.TemporaryDirectory() as libraries:
+        measured = run_script(
+            "remeasure.py",
+            {
+                "target": target,
+                "device": kind,
+                "rounds": arguments.rounds,
+                "libraries": libraries,
+                "tasks": [{"name": task.name, "body": task.body, "traces": traces[task.name]} for task in tasks],
+            },
+            environment,
+        )["tasks"]
     rows = []
     for task in tasks:
         us = {side: [measured[task.name][f"{side} {n}"]["median_us"] for n in seeds] for side in ("stock", "service")}

@@ -180,6 +180,7 @@ def measure_winners(
     sm_percent: int,
     rounds: int,
     environment: Mapping[str, str],
+    libraries: Path,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Latency of every run's winners at one share of the device: by task and run, see ``remeasure.py``.
 
@@ -191,11 +192,13 @@ def measure_winners(
         sm_percent: The share.
         rounds: Of the measurement.
         environment: Set for it.
+        libraries: Folder of what is built, the same for every share.
     """
     document = {
         "target": target,
         "device": device_kind,
         "rounds": rounds,
+        "libraries": str(libraries),
         "tasks": [
             {
                 "name": task.name,
@@ -275,22 +278,24 @@ def compare(device_kind: str, operators: Callable[[str], list[ExtractedTask]], s
         traces[side.label] = {name: json.loads(run.winner(digest).trace) for digest, name in names.items()}
 
     print("measuring the winners side by side ...", flush=True)
-    for share in dict.fromkeys((100, *(side.sm_percent for side in sides))):
-        measured = measure_winners(
-            tasks,
-            traces,
-            target=json.loads(target_json),
-            device_kind=device_kind,
-            sm_percent=share,
-            rounds=arguments.rounds,
-            environment=environment,
-        )
-        for row in rows:
-            final = {name: by_run[row["label"]] for name, by_run in measured.items()}
-            row.setdefault("final_us", {})[str(share)] = final
-            row.setdefault("weighted_final_us", {})[str(share)] = sum(
-                weights[name] * figures["median_us"] for name, figures in final.items()
+    with tempfile.TemporaryDirectory() as libraries:
+        for share in dict.fromkeys((100, *(side.sm_percent for side in sides))):
+            measured = measure_winners(
+                tasks,
+                traces,
+                target=json.loads(target_json),
+                device_kind=device_kind,
+                sm_percent=share,
+                rounds=arguments.rounds,
+                environment=environment,
+                libraries=Path(libraries),
             )
+            for row in rows:
+                final = {name: by_run[row["label"]] for name, by_run in measured.items()}
+                row.setdefault("final_us", {})[str(share)] = final
+                row.setdefault("weighted_final_us", {})[str(share)] = sum(
+                    weights[name] * figures["median_us"] for name, figures in final.items()
+                )
     rows[0]["s_to_stock"] = curves[0][-1][0]
     for row, curve in zip(rows[1:], curves[1:], strict=True):
         row["s_to_stock"] = time_to_reach(curve, rows[0]["weighted_final_us"][str(row["sm_percent"])])
