@@ -28,6 +28,7 @@ class Costs:
     Attributes:
         in_flight: Candidates that the server keeps in flight for a job; see ``Limits.for_cores``.
         build_spread: Sigma of the logarithm of a build's time; half as much of it lies between tasks.
+        slow_share: Of the builds, so many take ``slow_s`` instead, from the first to the second.
         store_s: A look-up, a claim or a commit.
     """
 
@@ -41,6 +42,8 @@ class Costs:
     build_s: float = 0.33
     build_spread: float = 0.8
     build_most_s: float = 2.0
+    slow_share: float = 0.0
+    slow_s: tuple[float, float] = (1.0, 3.0)
     measure_s: float = 0.03
     baseline_s: float = 0.4
     reference_s: float = 0.7
@@ -227,6 +230,8 @@ class Pipeline:
         return seconds * self._rng.uniform(0.5, 1.5)
 
     def _build_s(self, index: int) -> float:
+        if self.costs.slow_share and self._rng.random() < self.costs.slow_share:
+            return self._rng.uniform(*self.costs.slow_s)
         sigma = self.costs.build_spread * math.sqrt(0.75)
         seconds = self.costs.build_s * self._heavy[index] * self._rng.lognormvariate(-sigma * sigma / 2, sigma)
         return min(seconds, self.costs.build_most_s)

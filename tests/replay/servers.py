@@ -212,17 +212,26 @@ class Spread:
     busy: float
 
 
-def spread(servers: int, trials: int, costs: Costs, *, seed: int = 0, heartbeat_s: float = 5.0) -> Spread:
+def spread(
+    servers: int,
+    trials: int,
+    costs: Costs,
+    *,
+    tasks: list[ReplayTask] | None = None,
+    seed: int = 0,
+    heartbeat_s: float = 5.0,
+) -> Spread:
     """Run a job on one server, by itself, and sharded over several, each like the one.
 
     Args:
         servers: How many.
         trials: Its budget.
         costs: Of each server.
+        tasks: Its operators; without them those of :func:`job_of_many_operators`.
         seed: Of everything random.
         heartbeat_s: Of the leases.
     """
-    tasks = job_of_many_operators()
+    tasks = tasks or job_of_many_operators()
     alone = PlainJob(tasks, trials, costs, seed=seed)
     alone.run()
     members = [ShardServer(f"i{number}", tasks, costs, seed=seed) for number in range(servers)]

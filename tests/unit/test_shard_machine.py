@@ -38,7 +38,7 @@ class SimulatedEngine:
         self.known: dict[int, m.Known] = {}
         self.space: Mapping[int, int] = {}
         self.failing: set[int] = set()
-        self.most_batches = 0
+        self.asked: list[tuple[int, int]] = []  # of a task that gets a batch, with it: in flight; size of the batch
         self.now_s = 0.0
         if lane:
             self.take(self.machine.handle(sm.LaneOpened(self.limits)))
@@ -68,7 +68,8 @@ class SimulatedEngine:
                     pass
                 case _:
                     self.pending.append(instruction)
-        self.most_batches = max(self.most_batches, max(len(task.batches) for task in self.machine.tasks))
+            if isinstance(instruction, m.Generate):
+                self.asked.append((self.machine.tasks[instruction.task].outstanding, instruction.count))
 
     def run(self, steps: int = 10**6) -> None:
         """Answer what is pending, or so many of it."""
@@ -208,53 +209,6 @@ def test_a_task_that_was_leased_elsewhere_learns_what_was_measured_there() -> No
     assert [len(report.results) for report in engine.reported] == [4, 5, 4]
     assert [type(one) for one in engine.sessions] == [m.OpenSession]
     assert engine.ends() == [(1, "measured", 4), (4, "measured", 4)]
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_a_lease_that_is_extended_in_time_always_has_two_batches_in_flight(seed: int) -> None:
-    engine = SimulatedEngine(seed, batches_at_once=2, batches_per_task=2)
-    engine.grant(1, 3 * BATCH)
-    engine.run(1)  # the look-up
-    trials = 3 * BATCH
-    task = engine.machine.tasks[0]
-    while trials < 20 * BATCH:
-        told = len(engine.trials(1))
-        engine.run(1)
-        if len(engine.trials(1)) > told and trials - len(engine.trials(1)) <= 2 * BATCH:
-            trials += BATCH
-            engine.grant(1, trials)
-        assert len(task.batches) == 2
-    engine.run()
-    assert engine.ends() == [(1, "measured", trials)]
-    assert engine.most_batches == 2
-
-
-def test_no_more_is_in_flight_than_allowed_and_none_of_the_leases_starves() -> None:
-    engine = SimulatedEngine(batches_at_once=4)
-    limits = engine.limits.for_tasks(2)
-    engine.grant(1, 40)
-    engine.grant(1, 40, task=1)
-    engine.run(2)
-    for _ in range(60):
-        engine.run(1)
-        assert sum(shard.asked for shard in engine.machine.shards) <= limits.batch * limits.batches_at_once
-    measured = [task.measured for task in engine.machine.tasks]
-    assert min(measured[:2]) > 0
-
-
-@pytest.mark.parametrize("trials", [2, 64])
-def test_as_much_is_in_flight_as_for_a_job_of_the_servers_own_however_the_trials_are_leased(trials: int) -> None:
-    engine = SimulatedEngine(batches_at_once=9)
-    limits = engine.limits.for_tasks(2)
-    for task in (0, 1):
-        engine.grant(1, trials, task=task)
-        engine.handle(sm.KnownFound(task, m.Known()))
-    while trials < 64:  # slice by slice, while nothing is generated yet
-        trials += 2
-        for task in (0, 1):
-            engine.grant(1, trials, task=task)
-    in_flight = limits.batch * limits.batches_at_once
-    assert in_flight - BATCH <= sum(shard.asked for shard in engine.machine.shards) <= in_flight
 
 
 def test_an_extension_never_takes_trials_back_and_may_come_twice() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.replay.pipeline import Costs
 from tests.replay.servers import Spread, spread
+from tests.replay.source import replay_tasks
 
 SEEDS = range(12)
 
@@ -30,3 +31,10 @@ def test_a_job_is_nearly_so_many_times_as_fast_as_there_are_servers(servers: int
 
 def test_the_builds_of_every_server_are_busy_from_the_first_trial_to_the_last() -> None:
     assert statistics.mean(one.busy for one in spreads(2, 1000)) >= 0.9
+
+
+@pytest.mark.parametrize("slow_share", [0.05, 0.1, 0.2])
+def test_slow_builds_keep_a_shard_of_one_operator_hardly_more_than_a_job_of_the_servers_own(slow_share: float) -> None:
+    costs = Costs(slow_share=slow_share)
+    found = [spread(1, 400, costs, tasks=replay_tasks(1), seed=seed).search for seed in SEEDS]
+    assert statistics.mean(found) >= 0.9

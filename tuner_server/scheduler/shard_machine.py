@@ -2,9 +2,9 @@
 
 Nothing is searched until a lease grants trials of a task. With a task's first lease the store is looked up, so that the
 search starts from what other instances have measured, and the baseline is measured. A lease gets exactly as many new
-trials as it allows, two batches in flight as long as some remain; then it ends, and its search waits for the next one.
-A lease that is revoked, expires or meets a draining instance asks for nothing more, finishes what is built or measured,
-and ends. Candidates that nobody measured are the first ones of the task's next lease.
+trials as it allows, as many in flight as two batches hold while some remain; then it ends, and its search waits for the
+next one. A lease that is revoked, expires or meets a draining instance asks for nothing more, finishes what is built or
+measured, and ends. Candidates that nobody measured are the first ones of the task's next lease.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tuner_core.model import JobState, TaskState
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler import promotion, searching, shard_trials
 from tuner_server.scheduler import shard_messages as sm
+from tuner_server.scheduler.machine import LITTLE_TO_DO
 from tuner_server.scheduler.progress import Limits, TaskPlan, TaskProgress
 from tuner_server.scheduler.shard_tasks import Lease, ShardTask
 
@@ -62,11 +63,7 @@ class ShardMachine:
     @property
     def in_flight(self) -> int:
         """Trials that are being searched, built or measured."""
-        return sum(
-            len(batch.waiting) if batch.generated else batch.asked
-            for task in self.tasks
-            for batch in task.batches.values()
-        )
+        return sum(task.outstanding for task in self.tasks)
 
     @property
     def busy(self) -> bool:
@@ -240,31 +237,32 @@ class ShardMachine:
     def _fill(self, out: list[sm.Instruction]) -> None:
         """Ask for batches: of the leases with trials left, those with fewest in flight first, then who waits longest.
 
-        As much is in flight as for a job of this server's own with as many tasks as are searched here. Batches count
-        with what was asked for, however small they are.
+        As much is in flight as for a job of this server's own with as many tasks as are searched here, by candidates as
+        there: up to twice as much of a task where the stages have little to do.
         """
         searched = sum(shard.lease is not None and shard.lease.trials > 0 for shard in self.shards)
         limits = self.limits.for_tasks(searched)
-        while sum(shard.asked for shard in self.shards) < limits.batch * limits.batches_at_once:
-            ready = [
-                (shard.asked, shard.served, index)
-                for index, shard in enumerate(self.shards)
-                if shard.ready
-                and not shard.taken_over
-                and shard.lease is not None
-                and shard.lease.remaining
-                and (shard.spare or not shard.progress.exhausted)
-                and shard.asked + min(limits.batch, shard.lease.remaining) <= limits.batch * limits.batches_per_task
-            ]
+        everything = limits.batch * limits.batches_at_once
+        while (in_flight := self.in_flight) < everything:
+            each = limits.batch * limits.batches_per_task * (2 if in_flight < LITTLE_TO_DO * everything else 1)
+            ready = []
+            for index, shard in enumerate(self.shards):
+                if not shard.wants_trials:
+                    continue
+                # leases come one after the other: the first of them does not make this a job of one task
+                batch = limits.batch if shard.progress.measured else self.limits.batch
+                outstanding = shard.progress.outstanding
+                # what is left of a lease waits for the room of a whole batch: it may be extended until then
+                if outstanding + batch <= each and in_flight + batch <= everything:
+                    ready.append((outstanding, shard.served, index, batch))
             if not ready:
                 return
-            shard = self.shards[min(ready)[2]]
+            _, _, index, batch = min(ready)
+            shard = self.shards[index]
             assert shard.lease is not None
-            # leases come one after the other: the first of them does not make this a job of one task
-            batch = limits.batch if shard.progress.measured else self.limits.batch
-            count = min(batch, shard.lease.remaining)
             shard.served = next(self._served)
             shard.progress.state = TaskState.RUNNING
+            count = min(batch, shard.lease.remaining)
             shard_trials.ask(shard, shard.lease, next(self._batch_ids), count, out)
 
     # Ends

@@ -91,11 +91,6 @@ class ShardTask:
         return [*self.winding_down.values(), *([self.lease] if self.lease is not None else [])]
 
     @property
-    def asked(self) -> int:
-        """Trials of all batches that are in flight."""
-        return sum(batch.asked for batch in self.progress.batches.values())
-
-    @property
     def baseline_settled(self) -> bool:
         """Whether the baseline is known, or known not to be had."""
         return self.progress.baseline_us is not None or bool(self.baseline_error)
@@ -109,6 +104,13 @@ class ShardTask:
     def taken_over(self) -> bool:
         """Whether the lease is to end with what another job has published."""
         return self.lease is not None and self.lease.take_over and self.progress.published is not None
+
+    @property
+    def wants_trials(self) -> bool:
+        """Whether its lease has trials left that can be asked for now."""
+        if self.lease is None or not self.lease.remaining or not self.ready or self.taken_over:
+            return False
+        return bool(self.spare) or not self.progress.exhausted
 
     @property
     def working(self) -> bool:
