@@ -259,16 +259,16 @@ def halves_of(cores: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def main() -> None:
-    """Run the sides, write ``gpu-two-devices.json``, end with the ratio."""
+    """Run the sides, write ``gpu-two-devices.json``, end with the ratio; without any side, with an error line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"])
     parser.add_argument("--model", default="resnet50", help="a light model of the onnx package (default: resnet50)")
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--sm-percent", type=int, default=25)
     parser.add_argument("--workers", type=int, default=4, help="per device (default: 4)")
-    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--instances", action="store_true", help="only one instance beside two")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[1], help="every side once for each (default: 1)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="every side once for each (default: 1)")
     parser.add_argument("--cores-per-device", type=int, help="default: half of the host's")
     parser.add_argument("--budget-s", type=float, default=330, help="no side begins later (default: 330)")
     parser.add_argument("--side-limit-s", type=float, default=240)
@@ -306,7 +306,7 @@ def main() -> None:
         try:
             row, device = measure_side(side, sides[side], model, seed, options)
         except (RuntimeError, TunerError) as error:
-            failures[f"{side}, seed {seed}"] = str(error)
+            failures[f"{side}, seed {seed}"] = " ".join(str(error).split())
             print(f"{side}: {error}", flush=True)
             continue
         rows.append(row)
@@ -323,6 +323,8 @@ def main() -> None:
             ratios=ratios(rows),
         )
         print(f"written to {os.path.relpath(written)}", flush=True)
+    if not rows:
+        sys.exit(f"error: no side could be measured: {'; '.join(dict.fromkeys(failures.values()))}")
     for side, by_figure in ratios(rows).items():
         print(f"{side} to {rows[0]['side']}: " + ", ".join(f"{name} {value:.2f}" for name, value in by_figure.items()))
     sys.exit(1 if failures else 0)

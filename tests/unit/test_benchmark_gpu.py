@@ -75,6 +75,14 @@ def test_sides_are_compared_by_the_medians_of_their_seeds() -> None:
     }
 
 
+def test_when_neither_one_nor_two_devices_could_be_measured_that_is_said_in_one_line(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_two_devices.py"
+    command = [sys.executable, str(script), "--budget-s", "-1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (1, "", [])
+    assert done.stderr == "error: no side could be measured: no time left\n"
+
+
 def test_a_busy_host_is_compared_with_a_quiet_one() -> None:
     quiet = [[10.0, 10.0, 10.0, 10.0], [20.0, 20.0, 20.0, 20.0]]
     busy = [[33.0, 33.0, 33.0, 33.0], [30.0, 30.0, 30.0, 30.0]]
