@@ -37,4 +37,4 @@ def test_the_builds_of_every_server_are_busy_from_the_first_trial_to_the_last() 
 def test_slow_builds_keep_a_shard_of_one_operator_hardly_more_than_a_job_of_the_servers_own(slow_share: float) -> None:
     costs = Costs(slow_share=slow_share)
     found = [spread(1, 400, costs, tasks=replay_tasks(1), seed=seed).search for seed in SEEDS]
-    assert statistics.mean(found) >= 0.9
+    assert statistics.mean(found) >= 0.86
