@@ -12,6 +12,9 @@ from tuner_server.processes.spawner import Spawner
 from tuner_server.search.messages import SearchSettings
 from tuner_server.search.pool import SearchPool
 
+BUILD_NICENESS = 5
+"""There is a build process for every core; where a search wants one, too, it gets three quarters of it (sched(7))."""
+
 
 class WorkPools:
     """Search and build, on the cores that no measurement uses, or on all where none are left.
@@ -59,7 +62,7 @@ class WorkPools:
         config, cores = self._config, len(spare) or len(os.sched_getaffinity(0))
         self.cores = cores + len(lent)
         search_processes = config.search_processes or _share_of(cores, 0.4)
-        build_processes = config.build_processes or max(1, cores if not spare else _share_of(cores, 0.8))
+        build_processes = config.build_processes or cores
         self._search = SearchPool(self._spawner, search_processes, SearchSettings(), affinity=spare)
         self._build = BuildPool(
             self._spawner,
@@ -68,6 +71,7 @@ class WorkPools:
             timeout_s=config.build_timeout_s,
             reference_timeout_s=config.reference_timeout_s,
             affinity=spare,
+            nice=BUILD_NICENESS if spare else 0,
             lent=lent,
         )
         self._arranged = (spare, lent)
