@@ -41,7 +41,6 @@ from tasks import MODEL, light_model
 
 from tuner_client.model.load import load_model
 from tuner_client.model.prepare import ExtractedTask, prepare
-from tuner_client.sharding.history import task_plan
 from tuner_core.compiler.tvm_setup import load_tvm
 
 WITHIN = 0.05
@@ -69,7 +68,7 @@ def operators(target_json: str) -> Operators:
     """Take the model's tunable operators apart; see the top of this file."""
     load_tvm()
     tunable = [task for task in prepare(load_model(light_model(MODEL), {}).module, target_json).tasks if task.tunable]
-    tunable.sort(key=lambda t: -t.weight * task_plan(t.name, t.workload, t.weight, t.tunable).cost)
+    tunable.sort(key=lambda t: -t.weight * t.workload.cost_guess)
     heavy, light = tunable[:9], tunable[-LIGHTEST:]
     convolution = next(task for task in tunable if task.workload.op == "conv2d")
     job = [*heavy[0:8:2], *([convolution] if convolution not in (*heavy, *light) else []), *light]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,6 +116,16 @@ class Workload:
     op: str = ""
     description: str = ""
     args_info: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+
+    @property
+    def cost_guess(self) -> float:
+        """What one call costs, of use only to put operators in order before anything is measured.
+
+        The square root of the product of its three largest tensors: the number of multiplications of a matrix product,
+        and close enough for a convolution.
+        """
+        sizes = sorted((math.prod(shape) for _, _, shape in self.args_info), reverse=True)
+        return math.sqrt(math.prod(sizes[:3])) if sizes else 1.0
 
 
 @dataclass(frozen=True)

@@ -124,14 +124,13 @@ class Unequal(SimulatedEngine):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_tasks_that_hardly_matter_get_no_trials(seed: int) -> None:
-    plans = [TaskPlan(f"t{n}", 1, True) for n in range(5)]
+    plans = [TaskPlan(f"t{n}", 1, True, cost=2.0**n) for n in range(5)]
     engine = Unequal(JobMachine(plans, 400, Limits(batch=8, batches_at_once=8), negligible_share=0.005), seed)
     assert engine.run().state is JobState.DONE
     assert sum(engine.measured.values()) == 400
-    early = {n for n in range(2) if engine.measured[n]}  # of those that began before the baselines were known
-    assert len(early) <= 1
     assert all(engine.measured[n] >= MIN_TRIALS for n in range(2, 5))
-    for number in {0, 1} - early:
+    assert engine.measured[0] == engine.measured[1] == 0, "the heaviest ones begin before the baselines are known"
+    for number in (0, 1):
         task = engine.machine.tasks[number]
         assert (task.state, task.best_us) == (TaskState.SKIPPED, 10.0**number)
         assert "0.5 %" in task.error

@@ -465,3 +465,21 @@ def test_as_many_candidates_are_in_flight_as_the_cores_can_work_on(
 ) -> None:
     limits = Limits.for_cores(8, 6 * cores).for_tasks(tasks)
     assert (limits.batch, limits.batches_at_once) == (batch, at_once)
+
+
+@pytest.mark.parametrize(("in_flight", "asked"), [(12, 2), (48, 2), (96, 4), (192, 8)])
+def test_before_the_baselines_are_known_the_heaviest_tasks_keep_the_processes_at_work(
+    in_flight: int, asked: int
+) -> None:
+    tasks = [TaskPlan(f"t{n}", 1 + n % 2, True, cost=float(n)) for n in range(20)]
+    machine = JobMachine(tasks, 1000, Limits.for_cores(8, in_flight), negligible_share=0.005)
+    out = machine.handle(m.Started({}))
+    heaviest = sorted(range(20), key=lambda n: -n * (1 + n % 2))
+    assert [one.task for one in out if isinstance(one, m.Generate)] == heaviest[:asked]
+
+
+def test_a_small_host_has_little_to_do_when_its_few_processes_have() -> None:
+    small = Limits.for_cores(8, 6 * 2).for_tasks(25)
+    assert small.batch * small.batches_at_once == 32
+    assert small.little(3) and not small.little(4), "two for each core"
+    assert Limits.for_cores(8, 6 * 16).for_tasks(5).little(31)

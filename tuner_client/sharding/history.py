@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 
-from tuner_core.leases.state import TaskHistory, TaskPlan
-from tuner_core.model import FailureKind, Origin, Record, RecordKey, Workload
+from tuner_core.leases.state import TaskHistory
+from tuner_core.model import FailureKind, Origin, Record, RecordKey
 from tuner_core.store.interface import RecordFilter, RecordStore
 
 _PAGE = 10_000
-
-
-def task_plan(name: str, workload: Workload, weight: int, tunable: bool) -> TaskPlan:
-    """The task, with a guess of what one call costs.
-
-    The square root of the product of its three largest tensors is the number of multiplications of a matrix product,
-    and close enough for a convolution; only the order of the tasks depends on it.
-    """
-    sizes = sorted((math.prod(shape) for _, _, shape in workload.args_info), reverse=True)
-    return TaskPlan(name, weight, tunable, math.sqrt(math.prod(sizes[:3])) if sizes else 1.0)
 
 
 def records_of(store: RecordStore, key: RecordKey, job: str = "") -> list[Record]:

@@ -21,7 +21,7 @@ from tuner_client.request import TuneRequest
 from tuner_client.sharding.admission import Admission, JobFacts, admit
 from tuner_client.sharding.driver import ShardDriver
 from tuner_client.sharding.gathering import Gatherer
-from tuner_client.sharding.history import records_of, task_history, task_plan
+from tuner_client.sharding.history import records_of, task_history
 from tuner_client.sharding.journal import ShardJournal, sharded_job
 from tuner_client.sharding.link import InstanceLink
 from tuner_client.sharding.report import ShardedJob
@@ -29,7 +29,7 @@ from tuner_core.allocation.budget import MIN_TRIALS
 from tuner_core.allocation.options import negligible_share_of, stopping_of
 from tuner_core.errors import ConflictError, TunerError
 from tuner_core.leases.machine import LeaseMachine
-from tuner_core.leases.state import LeaseSettings
+from tuner_core.leases.state import LeaseSettings, TaskPlan
 from tuner_core.model import JobState, RecordKey, target_digest
 from tuner_core.store.interface import RecordStore
 from tuner_core.store.open import open_store
@@ -281,7 +281,7 @@ class ShardedTuner:
             over = state.get("verified") and state.get("state") in ("tuned", "fallback") and history.published_id
             known[name] = dataclasses.replace(history, concluded=bool(over))
         machine = LeaseMachine(
-            [task_plan(task.name, workloads[task.name], task.weight, task.tunable) for task in spec.tasks],
+            [TaskPlan(task.name, task.weight, task.tunable, workloads[task.name].cost_guess) for task in spec.tasks],
             spec.trials,
             settings,
             known=known,

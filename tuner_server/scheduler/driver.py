@@ -11,6 +11,7 @@ from tuner_core.allocation.options import negligible_share_of, stopping_of
 from tuner_core.model import JobState
 from tuner_core.proto.tuner.v1 import tuning_pb2
 from tuner_core.store.interface import RecordStore
+from tuner_core.store.wire import workload_from_message
 from tuner_server.lanes.lane import Lane
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.committer import Committer
@@ -53,7 +54,10 @@ class JobRun:
         self._started_at = time.monotonic()
         self._ended_at: float | None = None
         self._base = queued_status(facts)
-        plans = [TaskPlan(task.name, task.weight, task.tunable) for task in facts.spec.tasks]
+        plans = [
+            TaskPlan(task.name, task.weight, task.tunable, workload_from_message(task.workload).cost_guess)
+            for task in facts.spec.tasks
+        ]
         self._machine = JobMachine(
             plans,
             facts.spec.trials,

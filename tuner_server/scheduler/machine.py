@@ -33,8 +33,6 @@ from tuner_server.scheduler.progress import TaskProgress
 
 WORTH_WAITING_FOR = 0.25
 """A free task that gains less than this share of what a busy one gains does not get its batch now."""
-LITTLE_TO_DO = 1 / 3
-"""Share of what may be in flight below which processes soon stand idle: two candidates for each core that builds."""
 
 
 class JobMachine:
@@ -320,10 +318,12 @@ class JobMachine:
         everything = batch * self.limits.batches_at_once
         if in_flight + batch > everything:
             return None
-        # Until it is known which tasks are worth trials, a few batches bridge the time.
-        if not self._weighed and sum(len(self.tasks[i].batches) for i in open_tasks) >= self.limits.batches_per_task:
-            return None
-        little = self._weighed and in_flight < LITTLE_TO_DO * everything
+        # Until it is known which tasks are worth trials, what keeps the processes at work bridges the time.
+        if not self._weighed:
+            given = sum(self.tasks[index].new_trials for index in open_tasks)
+            if given >= each and not self.limits.little(given):
+                return None
+        little = self._weighed and self.limits.little(in_flight)
         gains = {index: self.gain(index) for index in open_tasks}
         free = [
             index
@@ -332,7 +332,7 @@ class JobMachine:
         ]
         if not free:
             return None
-        best = max(free, key=lambda index: (gains[index], self._untuned_us(index), -index))
+        best = max(free, key=lambda index: (gains[index], not outstanding[index], self._heaviness(index), -index))
         finite = [gain for gain in gains.values() if gain != float("inf")]
         hardly_matters = gains[best] < WORTH_WAITING_FOR * max(finite, default=0.0)
         if hardly_matters and not little:
@@ -347,9 +347,10 @@ class JobMachine:
             if other != index and task.chosen and task.new_trials == 0 and not task.exhausted and not task.state.final
         )
 
-    def _untuned_us(self, index: int) -> float:
+    def _heaviness(self, index: int) -> float:
+        """How much of the untuned model a task takes: by its baseline, once all of these are known."""
         task = self.tasks[index]
-        return task.plan.weight * (task.baseline_us or 0.0)
+        return task.plan.weight * (task.plan.cost if self._baselines_missing else task.baseline_us or 0.0)
 
     def gain(self, index: int) -> float:
         """Expected reduction of the model's latency by the task's next trial, in microseconds.

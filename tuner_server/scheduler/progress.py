@@ -16,11 +16,16 @@ _LARGEST = 4
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task as the job describes it."""
+    """A task as the job describes it.
+
+    Attributes:
+        cost: See :attr:`Workload.cost_guess`; decides which tasks are searched first.
+    """
 
     name: str
     weight: int
     tunable: bool
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,29 @@ class Limits:
         batches_per_task: As many as these batches hold are in flight per task: generated, building or being measured.
         batches_at_once: The same for all tasks together.
         top_k: Candidates measured again at the end of a task.
+        kept_busy_by: In flight, so many keep every process at work; None: a third of what may be in flight.
     """
 
     batch: int = 16
     batches_per_task: int = 2
     batches_at_once: int = 4
     top_k: int = 8
+    kept_busy_by: int | None = None
 
     @staticmethod
     def for_cores(batch: int, in_flight: int) -> Limits:
-        """Limits that keep about so many candidates in flight, in batches of that size, and at least four batches."""
-        return Limits(batch=batch, batches_at_once=max(4, math.ceil(in_flight / batch)))
+        """Limits that keep about so many candidates in flight, in batches of that size, and at least four batches.
+
+        Args:
+            batch: Candidates per batch.
+            in_flight: Six for each core: two of these keep it at work.
+        """
+        return Limits(batch=batch, batches_at_once=max(4, math.ceil(in_flight / batch)), kept_busy_by=in_flight // 3)
+
+    def little(self, in_flight: int) -> bool:
+        """Whether so few candidates are in flight that processes soon stand idle."""
+        enough = self.batch * self.batches_at_once / 3 if self.kept_busy_by is None else self.kept_busy_by
+        return in_flight < enough
 
     def for_tasks(self, tasks: int) -> Limits:
         """The same number of candidates in flight for a job with few tasks: each must give more of them.

@@ -18,7 +18,6 @@ from tuner_core.model import JobState, TaskState
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler import promotion, searching, shard_trials
 from tuner_server.scheduler import shard_messages as sm
-from tuner_server.scheduler.machine import LITTLE_TO_DO
 from tuner_server.scheduler.progress import Limits, TaskPlan, TaskProgress
 from tuner_server.scheduler.shard_tasks import Lease, ShardTask
 
@@ -244,7 +243,7 @@ class ShardMachine:
         limits = self.limits.for_tasks(searched)
         everything = limits.batch * limits.batches_at_once
         while (in_flight := self.in_flight) < everything:
-            each = limits.batch * limits.batches_per_task * (2 if in_flight < LITTLE_TO_DO * everything else 1)
+            each = limits.batch * limits.batches_per_task * (2 if limits.little(in_flight) else 1)
             ready = []
             for index, shard in enumerate(self.shards):
                 if not shard.wants_trials:
