@@ -242,3 +242,37 @@ def test_sessions_learn_from_those_they_share_with_and_from_no_others(runner: as
     costs = runner.run(check())
     assert costs["b"] == costs[None]  # as if nobody had searched before
     assert costs["a"] < 0.7 * costs["b"]
+
+
+def test_a_batch_comes_in_pieces_and_the_next_one_after_it(runner: asyncio.Runner, pool: SearchPool) -> None:
+    """The first candidates can be built while the others are applied; both batches are ranked in one go each."""
+
+    async def check() -> tuple[list[tuple[int, bool]], list[int], list[int]]:
+        await pool.open("pieces", matmul(), LLVM, seed=1)
+        seen: list[tuple[int, bool]] = []
+        order: list[int] = []
+
+        async def take(batch: int, count: int) -> None:
+            async for traces, more in pool.generate_in_pieces("pieces", count):
+                seen.append((len(traces), more))
+                order.append(batch)
+
+        asked: list[int] = []
+        request = pool._request
+
+        async def spied(session: str, op: str, args: Any) -> dict[str, Any]:
+            asked.append(args["following"])
+            return await request(session, op, args)
+
+        pool._request = spied  # type: ignore[method-assign]
+        try:
+            await asyncio.gather(take(1, 10), take(2, 8))
+        finally:
+            pool._request = request  # type: ignore[method-assign]
+        await pool.close("pieces")
+        return seen, order, asked
+
+    seen, order, asked = runner.run(check())
+    assert seen == [(4, True), (4, True), (2, False), (4, True), (4, False)]
+    assert order == [1, 1, 1, 2, 2]
+    assert asked == [6, 2, 0, 4, 0]

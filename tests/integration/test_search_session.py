@@ -174,3 +174,16 @@ def test_arithmetic_refuses_what_tvm_refuses_and_nothing_else(dtype: str) -> Non
     assert of_memory == 6 * len(sketches.spaces)
     assert outcomes[False, True] <= outcomes[False, False] // 8  # too many registers: TVM would take them
     assert outcomes[True, True] >= 5 * outcomes[True, False], outcomes
+
+
+def test_a_batch_in_pieces_is_the_batch_in_one() -> None:
+    from tuner_server.search.session import SearchSession
+
+    whole, pieces = (SearchSession(matmul(32).body, LLVM, SearchSettings(), seed=3) for _ in range(2))
+    first = whole.generate(16)
+    assert pieces.generate(10, following=6) + pieces.generate(6, continued=True) == first
+    for session in (whole, pieces):
+        session.report([KnownTrial(trace, 10.0 + n) for n, trace in enumerate(first)])
+    ranked = whole.generate(12)
+    got = pieces.generate(4, following=8) + pieces.generate(4, 4, continued=True) + pieces.generate(4, continued=True)
+    assert got == ranked, "ranked once, when the first are asked for"

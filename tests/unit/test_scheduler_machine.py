@@ -13,6 +13,9 @@ from tuner_core.model import FailureKind, JobState, TaskState
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.machine import JobMachine, Limits, TaskPlan
 
+PIECE = 3
+"""Candidates that the simulated search hands over at once."""
+
 
 class SimulatedEngine:
     """Answers instructions in an order drawn from a seed, and keeps account of what it saw.
@@ -82,9 +85,13 @@ class SimulatedEngine:
                 if task in self.cannot_sample:
                     return [m.CannotSample(task, batch, "cannot sample enough initial population")]
                 first = self.generated[task]
-                count = min(count, self.space.get(task, 10**9) - first)
-                self.generated[task] += count
-                return [m.CandidatesReady(task, batch, tuple(f"t{task}c{first + n}" for n in range(count)))]
+                piece = min(count, PIECE, self.space.get(task, 10**9) - first)
+                self.generated[task] += piece
+                more = count > PIECE == piece
+                if more:
+                    self.pending.append(m.Generate(task, batch, count - piece))
+                traces = tuple(f"t{task}c{first + n}" for n in range(piece))
+                return [m.CandidatesReady(task, batch, traces, more=more)]
             case m.RunTrial(task, batch, trace):
                 self.measured[task] += 1
                 if task in self.failing:

@@ -20,6 +20,10 @@ LEASE_S = 10.0
 TASKS = [TaskPlan("a", 1, True), TaskPlan("b", 4, True), TaskPlan("c", 2, False)]
 
 
+PIECE = 3
+"""Candidates that the simulated search hands over at once."""
+
+
 class SimulatedEngine:
     """Answers instructions in an order drawn from a seed; latency of candidate n is ``1000 / (n + 1)``."""
 
@@ -92,9 +96,13 @@ class SimulatedEngine:
                 return [m.BaselineMeasured(task, f"fallback{task}", 5000.0, f"id-fallback{task}")]
             case m.Generate(task, batch, count):
                 first = self.generated[task]
-                count = min(count, self.space.get(task, 10**9) - first)
-                self.generated[task] += count
-                return [m.CandidatesReady(task, batch, tuple(f"t{task}c{first + n}" for n in range(count)))]
+                piece = min(count, PIECE, self.space.get(task, 10**9) - first)
+                self.generated[task] += piece
+                more = count > PIECE == piece
+                if more:
+                    self.pending.append(m.Generate(task, batch, count - piece))
+                traces = tuple(f"t{task}c{first + n}" for n in range(piece))
+                return [m.CandidatesReady(task, batch, traces, more=more)]
             case m.RunTrial(task, batch, trace):
                 self.runs[trace] += 1
                 if task in self.failing:

@@ -89,7 +89,7 @@ class JobMachine:
                 self._baselines_missing.discard(event.task)
             case m.CandidatesReady():
                 task = self.tasks[event.task]
-                self.unassigned += searching.take_candidates(task, event.batch, event.traces, out)
+                self.unassigned += searching.take_candidates(task, event.batch, event.traces, out, more=event.more)
             case m.CannotSample():
                 self.unassigned += searching.cannot_sample(self.tasks[event.task], event, out)
             case m.SessionLost():

@@ -76,11 +76,16 @@ class BaselineFailed:
 
 @dataclass(frozen=True)
 class CandidatesReady:
-    """A batch of new candidates, at most as many as asked for; empty when the space is exhausted."""
+    """New candidates of a batch, together at most as many as asked for; none at all when the space is exhausted.
+
+    Attributes:
+        more: The batch is not complete: others are being generated.
+    """
 
     task: int
     batch: int
     traces: tuple[str, ...] = field(repr=False)
+    more: bool = False
 
 
 @dataclass(frozen=True)

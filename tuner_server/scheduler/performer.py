@@ -166,13 +166,12 @@ class Performer:
     async def _generate(self, wanted: m.Generate) -> None:
         try:
             await asyncio.shield(self._opening[wanted.task])
-            traces = await self.lane.search.generate(self._session(wanted.task), wanted.count)
+            async for traces, more in self.lane.search.generate_in_pieces(self._session(wanted.task), wanted.count):
+                self._emit(m.CandidatesReady(wanted.task, wanted.batch, tuple(traces), more=more))
         except SearchFailed as error:
             self._emit(m.CannotSample(wanted.task, wanted.batch, str(error)))
         except SearchLost as error:
             self._emit(m.SessionLost(wanted.task, wanted.batch, str(error)))
-        else:
-            self._emit(m.CandidatesReady(wanted.task, wanted.batch, tuple(traces)))
 
     async def _report(self, wanted: m.Report) -> None:
         try:

@@ -81,11 +81,14 @@ class Batch:
     Attributes:
         lease: Token of the lease that pays for them, if there are leases.
         session: Which of the task's sessions they were asked of.
+        come: How many of them the search has proposed by now.
+        generated: No more will come.
     """
 
     asked: int
     lease: int = 0
     session: int = 0
+    come: int = 0
     waiting: set[str] = field(default_factory=set)
     results: list[m.KnownTrial] = field(default_factory=list)
     generated: bool = False
@@ -131,7 +134,9 @@ class TaskProgress:
     @property
     def outstanding(self) -> int:
         """Candidates that were asked for, and those that are being built or measured."""
-        return sum(len(batch.waiting) if batch.generated else batch.asked for batch in self.batches.values())
+        return sum(
+            len(batch.waiting) + (0 if batch.generated else batch.asked - batch.come) for batch in self.batches.values()
+        )
 
     @property
     def fresh(self) -> int:

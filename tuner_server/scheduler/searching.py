@@ -31,34 +31,41 @@ def ask(task: TaskProgress, batch_id: int, count: int, out: m.Sink, lease: int =
     out.append(m.Generate(task.index, batch_id, count))
 
 
-def take_candidates(task: TaskProgress, batch_id: int, traces: tuple[str, ...], out: m.Sink) -> int:
-    """Have a batch's candidates built and measured.
+def take_candidates(
+    task: TaskProgress, batch_id: int, traces: tuple[str, ...], out: m.Sink, *, more: bool = False
+) -> int:
+    """Have candidates of a batch built and measured.
 
     Returns:
-        Trials that were asked for in vain.
+        Trials that were asked for in vain, once no more will come.
     """
     batch = task.batches[batch_id]
-    batch.generated = True
-    batch.waiting = set(traces)
-    missing = batch.asked - len(batch.waiting)
-    task.new_trials -= missing
-    if not traces:
-        task.exhausted = True
-        del task.batches[batch_id]
-        return missing
+    batch.come += len(traces)
+    batch.waiting.update(traces)
     out.extend(m.RunTrial(task.index, batch_id, trace) for trace in traces)
+    if more:
+        return 0
+    task.exhausted = task.exhausted or not batch.come
+    return complete(task, batch_id, out)
+
+
+def complete(task: TaskProgress, batch_id: int, out: m.Sink) -> int:
+    """No more candidates of a batch will come. Returns: trials that were asked for in vain."""
+    batch = task.batches[batch_id]
+    missing = batch.asked - batch.come
+    task.new_trials -= missing
+    batch.asked, batch.generated = batch.come, True
+    report_if_complete(task, batch_id, out)
     return missing
 
 
 def cannot_sample(task: TaskProgress, event: m.CannotSample, out: m.Sink) -> int:
     """The space holds nothing more. Returns: trials that were asked for in vain."""
-    batch = task.batches.pop(event.batch)
-    task.new_trials -= batch.asked
     task.exhausted = True
     if not task.results:
         task.error = f"cannot sample: {event.reason}"
     out.append(m.Say(f"{task.plan.name}: {event.reason}; it takes the best schedule known so far"))
-    return batch.asked
+    return complete(task, event.batch, out)
 
 
 def session_lost(task: TaskProgress, event: m.SessionLost, out: m.Sink) -> int:
@@ -69,9 +76,7 @@ def session_lost(task: TaskProgress, event: m.SessionLost, out: m.Sink) -> int:
         task.session_open = False
         task.session_losses += 1
     if batch is not None and event.batch is not None and not batch.generated:
-        lost = batch.asked
-        del task.batches[event.batch]
-        task.new_trials -= lost
+        lost = complete(task, event.batch, out)
     if task.session_losses >= MAX_SESSION_LOSSES:
         task.exhausted = True
         task.error = f"its search process ended {task.session_losses} times: {event.reason}"

@@ -125,7 +125,7 @@ class ShardTask:
     def busy(self, lease: Lease) -> bool:
         """Whether trials of a lease are built or measured, or its best is promoted."""
         batches = self.progress.batches.values()
-        return lease.promoting or any(batch.lease == lease.token and batch.generated for batch in batches)
+        return lease.promoting or any(batch.lease == lease.token and batch.waiting for batch in batches)
 
     def check(self, token: int, trials: int) -> None:
         """Refuse what may not be granted.

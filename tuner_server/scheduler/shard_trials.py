@@ -54,13 +54,14 @@ def ask(shard: ShardTask, lease: Lease, batch_id: int, count: int, out: list[sm.
 def take_candidates(shard: ShardTask, event: m.CandidatesReady, out: list[sm.Instruction]) -> None:
     """Have candidates measured, or keep them for the next lease when theirs is ending."""
     task = shard.progress
-    lease = shard.find(task.batches[event.batch].lease)
-    if lease is not None and not lease.ending:
-        lease.asked -= searching.take_candidates(task, event.batch, event.traces, out)
-        return
-    batch = task.batches.pop(event.batch)
-    task.new_trials -= batch.asked
-    task.exhausted = task.exhausted or not event.traces
+    batch = task.batches.get(event.batch)
+    if batch is not None and not batch.generated:
+        lease = shard.find(batch.lease)
+        if lease is not None and not lease.ending:
+            lease.asked -= searching.take_candidates(task, event.batch, event.traces, out, more=event.more)
+            return
+        task.exhausted = task.exhausted or not (batch.come or event.traces)
+        searching.complete(task, event.batch, out)
     shard.spare.extend(event.traces)
 
 

@@ -46,7 +46,7 @@ class _Sessions:
 
     def generate(self, args: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"traces": self._get(args).generate(args["count"])}
+            return {"traces": self._get(args).generate(args["count"], args["following"], args["continued"])}
         except SearchFailed as error:
             raise WorkError("search_failed", str(error)) from None
 

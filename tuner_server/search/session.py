@@ -80,6 +80,7 @@ class SearchSession:
         self._seen_traces: set[str] = set()
         self._twins = Twins(self._sketches.target)
         self._pending: dict[str, Located] = {}
+        self._ranked: Iterator[Located] = iter(())
         self._rejections: Counter[str] = Counter()
         self._valid = 0
         fastest = sorted(known, key=lambda trial: (trial.median_us is None, trial.median_us or 0.0))
@@ -118,11 +119,13 @@ class SearchSession:
         if self._experience is not None:
             self._experience.forget_opinion(self._task)
 
-    def generate(self, count: int) -> list[str]:
+    def generate(self, count: int, following: int = 0, continued: bool = False) -> list[str]:
         """New schedules to measure.
 
         Args:
             count: How many at most.
+            following: So many more will be asked for at once: they are ranked together with these.
+            continued: These are among those that were to follow the last ones.
 
         Returns:
             Traces as JSON, none of them returned or known before; fewer or none when the space seems exhausted.
@@ -134,12 +137,13 @@ class SearchSession:
         found: list[str] = []
         repeats = 0  # since the last new one
         attempts = count * self._settings.attempts_per_candidate
-        ranked = iter(self._proposals(count))
+        if not continued:
+            self._ranked = iter(self._proposals(count + following))
         while len(found) < count and attempts > 0 and repeats < self._settings.repeats_to_exhaust:
             if time.process_time() - start > self._settings.batch_cpu_s * (1 if found else 3):
                 break
             attempts -= 1
-            space, point = self._next_point(ranked)
+            space, point = self._next_point()
             if point is not None and self._twins.has(space, point):
                 self._rejections["twin"] += 1
                 continue
@@ -164,10 +168,10 @@ class SearchSession:
             raise SearchFailed(f"no valid schedule among the samples of {len(self._spaces)} design spaces ({reasons})")
         return found
 
-    def _next_point(self, ranked: Iterator[Located]) -> tuple[DesignSpace, Point | None]:
+    def _next_point(self) -> tuple[DesignSpace, Point | None]:
         if self._seeds:
             return self._seeds.pop(0)
-        if self._rng.random() >= self._settings.epsilon and (proposal := next(ranked, None)) is not None:
+        if self._rng.random() >= self._settings.epsilon and (proposal := next(self._ranked, None)) is not None:
             self._seen_points.add(proposal)  # also when it turns out to be a duplicate
             return proposal
         return self._random_point()
