@@ -25,6 +25,19 @@ def build(spec: Mapping[str, Any]) -> dict[tuple[str, str], Path]:
     Args:
         spec: The input.
     """
+    places = {
+        (task["name"], label): (task["body"], trace, Path(spec["libraries"]) / f"{number}-{side}.so")
+        for number, task in enumerate(spec["tasks"])
+        for side, (label, trace) in enumerate(task["traces"].items())
+    }
+    paths = {key: path for key, (_, _, path) in places.items()}
+    missing = [place for place in places.values() if not place[2].exists()]
+    if not missing:
+        return paths
+
+    from tuner_core.compiler.tvm_setup import load_tvm
+
+    load_tvm(intrinsics=True)
     import tvm
     from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
     from tvm.target import Target
@@ -33,7 +46,6 @@ def build(spec: Mapping[str, Any]) -> dict[tuple[str, str], Path]:
     from tuner_core.compiler.workload import module_from_body
 
     target = Target(spec["target"])
-    paths: dict[tuple[str, str], Path] = {}
 
     def one(body: str, trace: Any, path: Path) -> None:
         schedule = apply_trace(module_from_body(body), json.dumps(trace) if not isinstance(trace, str) else trace)
@@ -42,13 +54,7 @@ def build(spec: Mapping[str, Any]) -> dict[tuple[str, str], Path]:
             tvm.build(lowered, target=target).export_library(str(path))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # compilers are processes of their own
-        builds = []
-        for number, task in enumerate(spec["tasks"]):
-            for side, (label, trace) in enumerate(task["traces"].items()):
-                path = paths[task["name"], label] = Path(spec["libraries"]) / f"{number}-{side}.so"
-                if not path.exists():
-                    builds.append(threads.submit(one, task["body"], trace, path))
-        for done in builds:
+        for done in [threads.submit(one, *place) for place in missing]:
             done.result()
     return paths
 
@@ -59,7 +65,7 @@ def main() -> None:
 
     from tuner_core.compiler.tvm_setup import load_tvm
 
-    load_tvm(intrinsics=True)
+    load_tvm()
     import numpy as np
     import tvm
     from tvm.s_tir import meta_schedule as ms

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from tasks import BenchTask, bench_tasks
 from tuner_client.model.prepare import ExtractedTask
 from tuner_core.model import EvaluatorSettings
 
+FINAL_S = 60.0
+"""What building and measuring the winners takes."""
 STOCK_EVALUATOR = EvaluatorSettings(number=3, repeat=1, min_repeat_ms=100)
 
 
@@ -40,12 +43,14 @@ class Side:
         sm_percent: Share of the device that it tunes for.
         server_arguments: For ``tuner-server``; nothing for its defaults.
         evaluator: In place of the server's own settings.
+        optional: Left out when the time is nearly over, see ``--budget-s``.
     """
 
     label: str
     sm_percent: int = 100
     server_arguments: tuple[str, ...] = ()
     evaluator: EvaluatorSettings | None = None
+    optional: bool = False
 
 
 def run_script(name: str, document: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -167,6 +172,10 @@ def show_timeline(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"  busy share by stage: {busy}; bottleneck: {figures['bottleneck']}")
 
 
+def _since(began: float) -> str:
+    return f"[{time.monotonic() - began:.0f} s]"
+
+
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
@@ -226,11 +235,15 @@ def compare(device_kind: str, operators: Callable[[str], list[ExtractedTask]], s
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=64, help="per task (default: 64)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9, help="of the final measurement (default: 9)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the final measurement (default: 5)")
+    parser.add_argument(
+        "--budget-s", type=float, default=570.0, help="seconds after which no optional run would end (default: 570)"
+    )
     parser.add_argument("--name", default=device_kind, help="of the result file (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the result file")
     arguments = parser.parse_args()
 
+    began = time.monotonic()
     machine = results.machine()
     target_json, device = server_target(sides[0].server_arguments)
     extracted = operators(target_json)
@@ -245,7 +258,7 @@ def compare(device_kind: str, operators: Callable[[str], list[ExtractedTask]], s
     for task in tasks:
         print(f"  {task.description}, called {task.weight}x")
 
-    print(f"stock ms.tune_tasks, {budget} trials ...", flush=True)
+    print(f"{_since(began)} stock ms.tune_tasks, {budget} trials ...", flush=True)
     spec = {
         "target": json.loads(target_json),
         "trials_per_task": arguments.trials,
@@ -261,8 +274,15 @@ def compare(device_kind: str, operators: Callable[[str], list[ExtractedTask]], s
         why = {trial["error"] for trial in stock["trials"] if trial["task"] in missing}
         sys.exit(f"error: stock found no valid schedule for {', '.join(sorted(missing))}: {why or 'no trial at all'}")
 
+    left_out = []
+    took_s = 0.0
     for number, side in enumerate(sides, start=1):
-        print(f"this service, {side.label}, {budget} trials ...", flush=True)
+        side_began = time.monotonic()
+        if side.optional and side_began - began + took_s + FINAL_S > arguments.budget_s:
+            left_out.append(side.label)
+            print(f"{_since(began)} this service, {side.label}: left out, it would take longer than --budget-s")
+            continue
+        print(f"{_since(began)} this service, {side.label}, {budget} trials ...", flush=True)
         run = tune_with_service(
             extracted,
             target_json=target_json,
@@ -276,8 +296,9 @@ def compare(device_kind: str, operators: Callable[[str], list[ExtractedTask]], s
         rows.append(row)
         curves.append(weighted_curve(samples, weights))
         traces[side.label] = {name: json.loads(run.winner(digest).trace) for digest, name in names.items()}
+        took_s = time.monotonic() - side_began
 
-    print("measuring the winners side by side ...", flush=True)
+    print(f"{_since(began)} measuring the winners side by side ...", flush=True)
     with tempfile.TemporaryDirectory() as libraries:
         for share in dict.fromkeys((100, *(side.sm_percent for side in sides))):
             measured = measure_winners(
@@ -313,9 +334,11 @@ def compare(device_kind: str, operators: Callable[[str], list[ExtractedTask]], s
         directory=arguments.results,
         tasks=[{"name": t.name, "description": t.description, "weight": t.weight} for t in tasks],
         trials_per_task=arguments.trials,
+        left_out=left_out,
+        seconds=time.monotonic() - began,
         target=json.loads(target_json),
     )
-    print(f"\nwritten to {os.path.relpath(path)}")
+    print(f"\n{_since(began)} written to {os.path.relpath(path)}")
     for row in rows[1:]:
         share = str(row["sm_percent"])
         ratio = row["weighted_final_us"][share] / rows[0]["weighted_final_us"][share]

@@ -17,7 +17,8 @@ from tuner_server.search.features import FeatureTable, Located, Matrix
 from tuner_server.search.space import DesignSpace, Point
 
 _MIN_TRIALS = 8
-_OTHERS_WEIGH = 24  # own trials at which the opinion of other tasks counts half
+_BELIEVED = 8  # trials of one's own that it takes to doubt the opinion of other tasks by half
+_FLAT = 1e-6  # variance of an opinion that tells no trials apart
 
 
 class CostModel:
@@ -61,9 +62,9 @@ class CostModel:
         labels = scores([latency for _, _, latency in trials])
         weights = np.exp2(labels) + 0.1  # being right about the fast ones matters
         matrix = self._table.matrix([(space, point) for space, point, _ in trials])
-        self._share = _OTHERS_WEIGH / (_OTHERS_WEIGH + len(trials))
-        self._shift = 0.0
-        margin = self._margin(matrix)
+        opinion = self._opinion(matrix)
+        self._share = 0.0 if opinion is None else _worth(opinion, labels, weights)
+        margin = np.zeros(len(matrix), dtype=np.float32) if opinion is None else self._share * opinion
         self._shift = float(np.average(labels - margin, weights=weights))
         data = xgboost.DMatrix(matrix, label=labels, weight=weights, base_margin=margin + self._shift, nthread=1)
         parameters = {
@@ -97,3 +98,16 @@ class CostModel:
         if opinion is None:
             return np.zeros(len(matrix), dtype=np.float32)
         return self._share * opinion
+
+
+def _worth(opinion: Matrix, labels: Matrix, weights: Matrix) -> float:
+    """How much of an opinion has come true: the slope of the labels on it, from 0 to 1, and 1 before there are any.
+
+    A weighted least-squares slope, shrunk towards 1 as if by so many more trials that bore the opinion out.
+    """
+    deviation = opinion - np.average(opinion, weights=weights)
+    variance = np.average(deviation**2, weights=weights)
+    if variance < _FLAT:
+        return 1.0
+    slope = np.average(deviation * labels, weights=weights) / variance
+    return float(np.clip((len(labels) * slope + _BELIEVED) / (len(labels) + _BELIEVED), 0.0, 1.0))

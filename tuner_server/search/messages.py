@@ -43,7 +43,9 @@ class SearchSettings:
         proposals: Mutated schedules that the cost model ranks for each batch; they are only decisions, not replayed.
         generations: How often the best of them are mutated again.
         epsilon: Share of a batch that is drawn at random, so that the model sees what it does not believe in.
-        random_first: Trials to draw at random before the model is asked.
+        random_first: Trials to draw at random before the model is asked; with the opinion of other tasks to go by, a
+            share of them.
+        random_share: That share. What holds for the others may be wrong here, and trials that it chose do not show it.
         boost_rounds: Trees of the cost model.
         known_limit: Known trials that a session starts from, the fastest first.
         cost_weight: How much faster a schedule has to be predicted, in powers of two, for costing twice as much to
@@ -58,6 +60,7 @@ class SearchSettings:
     generations: int = 3
     epsilon: float = 0.1
     random_first: int = 16
+    random_share: float = 0.5
     boost_rounds: int = 60
     known_limit: int = 2000
     cost_weight: float = 0.1

@@ -171,7 +171,9 @@ class SearchSession:
     def _next_point(self) -> tuple[DesignSpace, Point | None]:
         if self._seeds:
             return self._seeds.pop(0)
-        if self._rng.random() >= self._settings.epsilon and (proposal := next(self._ranked, None)) is not None:
+        beginning = len(self._trials) < self._settings.random_first
+        at_random = self._settings.random_share if beginning else self._settings.epsilon
+        if self._rng.random() >= at_random and (proposal := next(self._ranked, None)) is not None:
             self._seen_points.add(proposal)  # also when it turns out to be a duplicate
             return proposal
         return self._random_point()
