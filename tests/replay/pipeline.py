@@ -28,6 +28,7 @@ class Costs:
     Attributes:
         in_flight: Candidates that the server keeps in flight for a job; see ``Limits.for_cores``.
         build_spread: Sigma of the logarithm of a build's time; half as much of it lies between tasks.
+        rank_s: What a batch takes before its first candidate; each of them ``propose_s`` more, in pieces.
         slow_share: Of the builds, so many take ``slow_s`` instead, from the first to the second.
         store_s: A look-up, a claim or a commit.
     """
@@ -38,7 +39,9 @@ class Costs:
     batch: int = 8
     in_flight: int = 72
     open_s: float = 0.15
-    propose_s: float = 0.065
+    rank_s: float = 0.25
+    propose_s: float = 0.035
+    piece: int = 4
     build_s: float = 0.33
     build_spread: float = 0.8
     build_most_s: float = 2.0
@@ -179,6 +182,7 @@ class Pipeline:
         self._unbuilt: set[tuple[int, str]] = set()
         self._kept: set[tuple[int, str]] = set()
         self._idle = [0] * costs.search
+        self._generating: dict[int, deque[tuple[int, int]]] = {}
 
     def _later(self, event: Any) -> Callable[[], None]:
         return lambda: self._emit(event)
@@ -203,9 +207,9 @@ class Pipeline:
             case m.CloseSession(index):
                 self._idle[self._slots.pop(index)] -= 1
             case m.Generate(index, batch, count):
-                self.search[self._slots[index]].take(
-                    self._vary(costs.propose_s * count), lambda: self._propose(index, batch, count)
-                )
+                self._generating.setdefault(index, deque()).append((batch, count))
+                if len(self._generating[index]) == 1:
+                    self._piece(index, costs.rank_s)
             case m.RunTrial(index, batch, trace):
                 self._unbuilt.add((index, trace))
                 self.build.take(
@@ -243,7 +247,23 @@ class Pipeline:
         name = f"{self.tasks[index].name}/baseline"
         self._stored(m.BaselineMeasured(index, name, self.tasks[index].baseline_us, name))
 
-    def _propose(self, index: int, batch: int, count: int) -> None:
+    def _piece(self, index: int, before_s: float) -> None:
+        """Have the session's process propose the next piece of its first batch."""
+        _, left = self._generating[index][0]
+        seconds = before_s + self.costs.propose_s * min(left, self.costs.piece)
+        self.search[self._slots[index]].take(self._vary(seconds), lambda: self._pieced(index))
+
+    def _pieced(self, index: int) -> None:
+        generating = self._generating[index]
+        batch, left = generating.popleft()
+        count = min(left, self.costs.piece)
+        if left > count:
+            generating.appendleft((batch, left - count))
+        if generating:
+            self._piece(index, 0.0 if left > count else self.costs.rank_s)
+        self._propose(index, batch, count, more=left > count)
+
+    def _propose(self, index: int, batch: int, count: int, *, more: bool) -> None:
         proposed = self._proposed[index]
         found = []
         while len(found) < count:
@@ -251,7 +271,7 @@ class Pipeline:
             if number not in proposed:
                 proposed.add(number)
                 found.append(f"{self.tasks[index].name}/{number}")
-        self._emit(m.CandidatesReady(index, batch, tuple(found)))
+        self._emit(m.CandidatesReady(index, batch, tuple(found), more=more))
 
     def _built(self, index: int, batch: int, trace: str) -> None:
         if (index, trace) not in self._unbuilt:
