@@ -128,9 +128,32 @@ def test_a_task_starts_where_its_siblings_have_been(target: str, source: str) ->
     if source == "records":
         experience = Experience()
         assert experience.learn(Lesson("past", trial.trace, trial.median_us) for trial in trials) == len(trials)
-    alone = SearchSession(matmul(128).body, target, SearchSettings(), 1).generate(16)
-    taught = SearchSession(matmul(128).body, target, SearchSettings(), 1, experience=experience).generate(16)
+    settings = SearchSettings(random_share=0.1)
+    alone = SearchSession(matmul(128).body, target, settings, 1).generate(16)
+    taught = SearchSession(matmul(128).body, target, settings, 1, experience=experience).generate(16)
     assert sum(map(cost, taught)) < 0.6 * sum(map(cost, alone))
+
+
+def test_a_task_begins_with_random_schedules_beside_those_that_its_siblings_suggest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tuner_server.search.experience import Experience
+    from tuner_server.search.session import SearchSession
+
+    experience = Experience()
+    sibling = SearchSession(matmul(64).body, LLVM, SearchSettings(), 1, experience=experience)
+    for _ in range(2):
+        sibling.report([KnownTrial(trace, 100.0 + len(trace) % 7) for trace in sibling.generate(16)])
+    session = SearchSession(matmul(128).body, LLVM, SearchSettings(epsilon=0.0), 1, experience=experience)
+    drawn = []
+    random_point = SearchSession._random_point
+    monkeypatch.setattr(SearchSession, "_random_point", lambda self: drawn.append(1) or random_point(self))
+    first = session.generate(16)
+    assert 4 <= len(drawn) <= 12
+    session.report([KnownTrial(trace, 100.0 + len(trace) % 7) for trace in first])
+    drawn.clear()
+    session.generate(16)
+    assert not drawn
 
 
 def test_schedules_that_were_good_at_another_share_are_proposed_first() -> None:

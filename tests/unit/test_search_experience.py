@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Callable
 
 import numpy as np
 
 from tests.unit.test_search_space import POINT, TRACE
 from tuner_server.search.cost_model import CostModel
 from tuner_server.search.experience import FAILED, Experience, scores
-from tuner_server.search.features import FeatureTable
+from tuner_server.search.features import UNKNOWN, FeatureTable
 from tuner_server.search.messages import Lesson
 from tuner_server.search.space import DesignSpace, Point
 
@@ -77,6 +78,46 @@ def test_own_trials_overrule_what_others_have_seen() -> None:
     model.train([(own, point, 1000.0 / latency(point)) for point in points], seed=0)  # the other way round
     wide, narrow = model.predict([(own, WIDE), (own, NARROW)])
     assert narrow > wide
+
+
+def test_an_opinion_counts_as_far_as_it_comes_true() -> None:
+    experience = Experience()
+    teach(experience, "other", DesignSpace(0, TRACE))
+    own = DesignSpace(0, TRACE)
+    rng = random.Random(1)
+    points = [own.redraw(POINT, rng) for _ in range(200)]
+
+    def spread(outcome: Callable[[Point], float]) -> float:
+        model = CostModel(FeatureTable([own]), 0, experience, "own")  # no trees of its own
+        model.train([(own, point, outcome(point)) for point in points], seed=0)
+        return float(np.ptp(model.predict([(own, WIDE), (own, NARROW)])))
+
+    untrained = CostModel(FeatureTable([own]), 0, experience, "own").predict([(own, WIDE), (own, NARROW)])
+    assert spread(latency) > 0.9 * np.ptp(untrained)  # still, after 200 trials
+    assert spread(lambda point: rng.uniform(10.0, 100.0)) < 0.3 * np.ptp(untrained)
+    assert spread(lambda point: 1000.0 / latency(point)) == 0.0
+
+
+def test_a_single_good_trial_of_others_is_no_pattern() -> None:
+    def opinion(good: int) -> float:
+        experience = Experience()
+        space = DesignSpace(0, TRACE)
+        rng = random.Random(3)
+        for number in range(80):
+            fast = number < good
+            experience.add("other", (space, WIDE if fast else space.redraw(NARROW, rng)), 6.0 if fast else 100.0)
+        wide, narrow = CostModel(FeatureTable([space]), 40, experience, "own").predict([(space, WIDE), (space, NARROW)])
+        return float(wide - narrow)
+
+    assert opinion(1) < 1.5 < 2.0 < opinion(8)  # powers of two; it was 16 times as fast
+
+
+def test_which_space_a_lesson_was_of_is_not_made_up() -> None:
+    table = FeatureTable([DesignSpace(0, TRACE), DesignSpace(1, TRACE)])
+    first, second, unknown = table.matrix([(DesignSpace(index, TRACE), POINT) for index in (0, 1, UNKNOWN)])
+    assert (first[0], second[0]) == (0.0, 1.0)
+    assert np.isnan(unknown[0])
+    np.testing.assert_array_equal(first[1:], unknown[1:])
 
 
 def test_records_of_the_past_teach_without_their_workloads() -> None:

@@ -60,7 +60,7 @@ class CostModel:
         if len(trials) < _MIN_TRIALS or all(latency is None for _, _, latency in trials):
             return
         labels = scores([latency for _, _, latency in trials])
-        weights = np.exp2(labels) + 0.1  # being right about the fast ones matters
+        weights = (np.exp2(labels) + 0.1).astype(np.float32)  # being right about the fast ones matters
         matrix = self._table.matrix([(space, point) for space, point, _ in trials])
         opinion = self._opinion(matrix)
         self._share = 0.0 if opinion is None else _worth(opinion, labels, weights)
@@ -94,7 +94,7 @@ class CostModel:
 
     def _margin(self, matrix: Matrix) -> Matrix:
         """The other tasks' opinion, scaled by what it is still worth."""
-        opinion = self._opinion(matrix)
+        opinion = self._opinion(matrix) if self._share else None
         if opinion is None:
             return np.zeros(len(matrix), dtype=np.float32)
         return self._share * opinion

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tuner_server.search.features import FeatureTable, Located, Matrix
+from tuner_server.search.features import UNKNOWN, FeatureTable, Located, Matrix
 from tuner_server.search.messages import Lesson
 from tuner_server.search.space import DesignSpace
 
@@ -25,6 +25,7 @@ _MIN_ROWS_OF_TASK = 6
 _KEPT_TASKS = 64
 _KEPT_ROWS_OF_TASK = 96
 _ROUNDS = 60
+_MIN_LEAF = 5.0  # weight of its trials, 0.1 to 1.1 each: few trials make few leaves, and one lucky trial none
 
 
 def scores(latencies: Sequence[float | None]) -> Matrix:
@@ -79,7 +80,7 @@ class Experience:
                 continue
             try:
                 trace = json.loads(lesson.trace)
-                space = DesignSpace(0, trace)
+                space = DesignSpace(UNKNOWN, trace)
                 space = spaces.setdefault(space.signature, space)
                 point = space.point_of(trace)
             except (ValueError, TypeError, LookupError):
@@ -117,6 +118,7 @@ class Experience:
             parameters = {
                 "max_depth": 4,
                 "eta": 0.15,
+                "min_child_weight": _MIN_LEAF,
                 "subsample": 0.9,
                 "colsample_bytree": 0.7,
                 "tree_method": "exact" if count < 1000 else "hist",

@@ -11,6 +11,8 @@ from tuner_server.search.space import DesignSpace, Point
 
 Located = tuple[DesignSpace, Point]
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
+UNKNOWN = -1
+"""Index of a space of which only traces are left: which one of its task's spaces it was is a missing value."""
 
 
 class FeatureTable:
@@ -42,7 +44,8 @@ class FeatureTable:
         """One row per point; of points of another task, the features that have a column here."""
         matrix = np.full((len(points), self._width), np.nan, dtype=np.float32)
         for row, (space, point) in zip(matrix, points, strict=True):
-            row[0] = space.index
+            if space.index != UNKNOWN:
+                row[0] = space.index
             sources, goals = self._layout(space.feature_names)
             features = space.features(point)
             row[goals] = features if len(sources) == len(features) else [features[source] for source in sources]
