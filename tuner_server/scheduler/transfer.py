@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter
 from collections.abc import Collection
 
 from tuner_core.errors import TunerError
@@ -48,7 +47,9 @@ def seeds(store: RecordStore, key: RecordKey, limit: int = MAX_SEEDS) -> list[st
 
 
 def lessons(store: RecordStore, key: RecordKey, own: Collection[str], limit: int = MAX_LESSONS) -> list[Lesson]:
-    """Trials of other operators on the same target at the same share, newest first.
+    """Trials of other operators on the same target at the same share: first the operators that were tuned last.
+
+    Of each operator its first trials: those were drawn at random, while later ones are all alike.
 
     Args:
         store: The record store; the call blocks.
@@ -63,17 +64,13 @@ def lessons(store: RecordStore, key: RecordKey, own: Collection[str], limit: int
         tvm_version=key.tvm_version,
         include_failed=True,
     )
-    of_task: Counter[str] = Counter()
-    taken: list[Lesson] = []
+    by_task: dict[str, list[Lesson]] = {}
     for record in store.query(where, limit=_LOOKED_AT, order="newest").records:
-        if len(taken) >= limit:
-            break
         if record.workload_digest in own or record.verified or record.origin is not Origin.SEARCH:
             continue
-        if of_task[record.workload_digest] < MAX_LESSONS_OF_TASK:
-            of_task[record.workload_digest] += 1
-            taken.append(Lesson(record.workload_digest, record.trace, record.median_us))
-    return taken
+        of_task = by_task.setdefault(record.workload_digest, [])
+        of_task.append(Lesson(record.workload_digest, record.trace, record.median_us))
+    return [lesson for of_task in by_task.values() for lesson in of_task[: -MAX_LESSONS_OF_TASK - 1 : -1]][:limit]
 
 
 class Transfer:
