@@ -17,7 +17,7 @@ MAX_TRIALS = 1_000_000
 TRIALS_PER_TASK = 64
 LAYOUTS = ("auto", "NCHW", "NHWC")
 EXPERIENCES = ("store", "job", "none")
-"""Trials of all other tasks, those of the past in the store too; of the tasks of this job; nothing."""
+"""Trials of all other tasks, the store's too where eight related ones have some; of the tasks of this job; nothing."""
 _MAX_NAME = 200
 
 

@@ -127,7 +127,8 @@ def test_a_task_starts_where_its_siblings_have_been(target: str, source: str) ->
         trials += batch
     if source == "records":
         experience = Experience()
-        assert experience.learn(Lesson("past", trial.trace, trial.median_us) for trial in trials) == len(trials)
+        past = [Lesson(f"past {number % 8}", trial.trace, trial.median_us) for number, trial in enumerate(trials)]
+        assert experience.learn(past) == len(trials)
     settings = SearchSettings(random_share=0.1)
     alone = SearchSession(matmul(128).body, target, settings, 1).generate(16)
     taught = SearchSession(matmul(128).body, target, settings, 1, experience=experience).generate(16)

@@ -120,11 +120,11 @@ def test_which_space_a_lesson_was_of_is_not_made_up() -> None:
     np.testing.assert_array_equal(first[1:], unknown[1:])
 
 
-def test_records_of_the_past_teach_without_their_workloads() -> None:
+def of_the_past(tasks: int) -> list[Lesson]:
     lessons = []
     rng = random.Random(7)
     space = DesignSpace(0, TRACE)
-    for _ in range(40):
+    for number in range(12 * tasks):
         point = space.redraw(POINT, rng)
         trace = copy.deepcopy(TRACE)
         trace[1] = [
@@ -132,10 +132,24 @@ def test_records_of_the_past_teach_without_their_workloads() -> None:
             for knob, value in zip(space.knobs, point, strict=True)
             if knob.kind != "parallel"
         ]
-        lessons.append(Lesson("past", json.dumps(trace), latency(point)))
+        lessons.append(Lesson(f"past {number % tasks}", json.dumps(trace), latency(point)))
+    return lessons
+
+
+def test_records_of_the_past_teach_without_their_workloads() -> None:
+    lessons = of_the_past(tasks=8)
     experience = Experience()
-    assert experience.learn([*lessons, Lesson("odd", "[[],[]", 1.0), Lesson("odder", "3", None)]) == 40
+    assert experience.learn([*lessons, Lesson("odd", "[[],[]", 1.0), Lesson("odder", "3", None)]) == 96
     assert experience.learn(lessons) == 0  # a second time teaches nothing
     own = DesignSpace(0, TRACE)
     wide, narrow = CostModel(FeatureTable([own]), 40, experience, "own").predict([(own, WIDE), (own, NARROW)])
     assert wide > narrow
+
+
+def test_records_of_few_tasks_teach_nothing() -> None:
+    experience = Experience()
+    assert experience.learn(of_the_past(tasks=7)) == 84
+    own = DesignSpace(0, TRACE)
+    assert not CostModel(FeatureTable([own]), 40, experience, "own").ready
+    teach(experience, "of the same job", own)
+    assert CostModel(FeatureTable([own]), 40, experience, "own").ready

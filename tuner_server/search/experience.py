@@ -22,6 +22,7 @@ from tuner_server.search.space import DesignSpace
 FAILED = -6.0  # log2 of the score of a failed trial: as if 64 times slower than the best
 _MIN_ROWS = 24
 _MIN_ROWS_OF_TASK = 6
+_MIN_TASKS_OF_PAST = 8  # related ones: with records of four, jobs ended slower than without
 _KEPT_TASKS = 64
 _KEPT_ROWS_OF_TASK = 96
 _ROUNDS = 60
@@ -41,6 +42,11 @@ class _Task:
     def __init__(self) -> None:
         self.points: list[Located] = []
         self.latencies: list[float | None] = []
+
+    @property
+    def is_past(self) -> bool:
+        """Whether only records are left of it."""
+        return self.points[0][0].index == UNKNOWN
 
 
 class Experience:
@@ -68,6 +74,8 @@ class Experience:
 
     def learn(self, lessons: Iterable[Lesson]) -> int:
         """Note trials of the past, of which only the records are left; those of tasks that are known already are not.
+
+        They count for a task for which there are some of enough related tasks.
 
         Returns:
             How many were of use: traces that another tool wrote may have no decisions.
@@ -106,6 +114,8 @@ class Experience:
             for name, trials in self._tasks.items()
             if name != task and len(trials.points) >= _MIN_ROWS_OF_TASK and table.covers(trials.points[0][0])
         ]
+        if sum(trials.is_past for trials in others) < _MIN_TASKS_OF_PAST:
+            others = [trials for trials in others if not trials.is_past]
         count = sum(len(trials.points) for trials in others)
         if count < _MIN_ROWS:
             return None
