@@ -2,9 +2,9 @@
 
     python benchmarks/ablations.py [--device cpu|cuda] [--seeds 3] [--trials 24] [--name ablations-cpu]
 
-Real measurements on real servers. The job's operators are from the light ShuffleNet: the heaviest tunable one and every
-second after it, the model's convolution, and its three lightest. A job with other operators of that model fills the
-store first (the *past*); every run gets a copy of that store, or an empty one:
+Real measurements on real servers. The operators are from the light SqueezeNet, whose convolutions are all related. The
+job has the heaviest and every second after it, five in all, and the three lightest. A job with the ten heaviest others
+fills the store first (the *past*); every run gets a copy of that store:
 
 - ``all on``: the past teaches the searches, tasks of the job teach each other, tasks that stand still are stopped
   (32 trials without progress, fewer than the default of 128, since the job is short), and operators that together take
@@ -37,14 +37,18 @@ import results
 from convergence import Sample, time_to_reach, time_to_settle, weighted_curve
 from devices import use_only
 from service import ServiceRun, server_target, tune_with_service
-from tasks import MODEL, light_model
+from tasks import light_model
 
 from tuner_client.model.load import load_model
 from tuner_client.model.prepare import ExtractedTask, prepare
 from tuner_core.compiler.tvm_setup import load_tvm
 
 WITHIN = 0.05
+MODEL = "squeezenet"
+HEAVY = 5
 LIGHTEST = 3
+PAST = 10
+"""Operators tuned before: the records of fewer than eight related ones are not heeded."""
 ALL_ON: dict[str, Any] = {"experience": "store", "early_stopping": 32, "negligible_percent": 3.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all on": {},
@@ -69,10 +73,8 @@ def operators(target_json: str) -> Operators:
     load_tvm()
     tunable = [task for task in prepare(load_model(light_model(MODEL), {}).module, target_json).tasks if task.tunable]
     tunable.sort(key=lambda t: -t.weight * t.workload.cost_guess)
-    heavy, light = tunable[:9], tunable[-LIGHTEST:]
-    convolution = next(task for task in tunable if task.workload.op == "conv2d")
-    job = [*heavy[0:8:2], *([convolution] if convolution not in (*heavy, *light) else []), *light]
-    return Operators(job, [task for task in heavy[1:8:2] if task not in job])
+    job = [*tunable[: 2 * HEAVY : 2], *tunable[-LIGHTEST:]]
+    return Operators(job, [task for task in tunable if task not in job][:PAST])
 
 
 @dataclass(frozen=True)
