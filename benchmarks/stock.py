@@ -3,8 +3,9 @@
 Run as ``python benchmarks/stock.py TASKS.json RESULT.json``, in a process of its own, so that its start-up is its own
 too. ``TASKS.json``: ``{"target": {...}, "trials_per_task": 64, "seed": 1, "evaluator": null, "tasks": [{"name",
 "weight", "body"}]}`` (``body`` is a workload's canonical JSON; ``evaluator`` replaces stock's own settings; with
-``"seeds": [...]`` in place of ``seed`` the runs come one after the other, as ``{"runs": [...]}``). Times in the result
-are seconds since the epoch, latencies microseconds.
+``"seeds": [...]`` in place of ``seed`` the runs come one after the other, as ``{"runs": [...]}``; none but the first
+begins that would end later than ``"budget_s"`` seconds after the start). Times in the result are seconds since the
+epoch, latencies microseconds.
 """
 
 from __future__ import annotations
@@ -58,7 +59,13 @@ def main() -> None:
     """Tune, then write the result."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     if "seeds" in spec:
-        result = {"runs": [tune(spec, seed) for seed in spec["seeds"]]}
+        runs: list[dict[str, Any]] = []
+        for seed in spec["seeds"]:
+            longest = max((run["tuning_to"] - run["tuning_from"] for run in runs), default=0.0)
+            if runs and time.time() + longest > STARTED_AT + spec["budget_s"]:
+                break
+            runs.append(tune(spec, seed))
+        result: dict[str, Any] = {"runs": runs}
     else:
         result = tune(spec, spec["seed"])
     Path(sys.argv[2]).write_text(json.dumps(result))
