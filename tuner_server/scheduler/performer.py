@@ -145,8 +145,8 @@ class Performer:
         seed = (self.facts.spec.seed + wanted.task * 7919) % (2**31 - 2) + 1
         key = self.key(wanted.task)
         spec = self.facts.spec
-        asked = spec.experience or "store"
-        past = self._transfer if asked == "store" else None
+        asked = spec.experience or "job"
+        past = self._transfer if asked != "none" else None
         try:
             await self.lane.search.open(
                 self._session(wanted.task),
@@ -155,7 +155,7 @@ class Performer:
                 seed=seed,
                 known=wanted.known,
                 seeds=await past.seeds(key) if past else (),
-                lessons=await past.lessons(key) if past else (),
+                lessons=await past.lessons(key) if past and asked == "store" else (),
                 shared_with={"store": "", "job": self.facts.job}.get(asked),
                 cost_weight=spec.build_cost_weight if spec.HasField("build_cost_weight") else None,
             )

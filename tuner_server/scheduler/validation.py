@@ -13,7 +13,7 @@ MAX_TRIALS = 1_000_000
 MAX_TASKS = 10_000
 MAX_BODY_BYTES = 16 << 20
 MAX_COST_WEIGHT = 10.0
-EXPERIENCES = ("", "store", "job", "none")
+EXPERIENCES = ("", "job", "store", "none")
 
 
 def validate_spec(spec: tuning_pb2.JobSpec) -> None:
