@@ -24,8 +24,8 @@ class Client(JobClient, RecordClient):
             our own for as long as this client is open.
         early_stopping: A task whose last so many trials hardly shortened the model gets no more; 0: never.
         negligible_percent: Operators that together take less of the untuned model get no trials; 0: tune all.
-        experience: Whose trials a search learns from besides its own operator's: ``job`` (this job's), ``store`` (also
-            past ones, where at least eight related operators have some) or ``none``.
+        experience: Whose trials a search learns from besides its own operator's: ``store`` (also past
+            ones, where at least eight related operators have some), ``job`` (this job's) or ``none``.
         data_dir: The data directory; None: the user's.
         progress: Hears what happens; None: nobody.
         reconnect_s: For how long a job that is followed waits for a lost server.
@@ -54,7 +54,7 @@ def tune(
     layout: str = "auto",
     early_stopping: int = DEFAULT_PATIENCE,
     negligible_percent: float = 100 * DEFAULT_NEGLIGIBLE_SHARE,
-    experience: str = "job",
+    experience: str = "store",
     data_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> JobReport:

@@ -16,7 +16,7 @@ from tuner_core.model import canonical_json
 MAX_TRIALS = 1_000_000
 TRIALS_PER_TASK = 64
 LAYOUTS = ("auto", "NCHW", "NHWC")
-EXPERIENCES = ("job", "store", "none")
+EXPERIENCES = ("store", "job", "none")
 """Trials of all other tasks, the store's too where eight related ones have some; of the tasks of this job; nothing."""
 _MAX_NAME = 200
 

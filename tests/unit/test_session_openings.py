@@ -64,16 +64,16 @@ def opened_with(experience: str) -> dict[str, Any]:
     return opened
 
 
-@pytest.mark.parametrize("experience", ["", "job"])
-def test_by_default_a_search_learns_from_its_job_and_begins_with_what_was_good_at_other_shares(experience: str) -> None:
-    opened = opened_with(experience)
+def test_a_search_that_learns_from_its_job_begins_with_what_was_good_at_other_shares() -> None:
+    opened = opened_with("job")
     assert opened["shared_with"] == "j1"
     assert list(opened["seeds"]) == ["a good one elsewhere"]
     assert list(opened["lessons"]) == []
 
 
-def test_records_of_other_operators_are_lessons_on_request() -> None:
-    opened = opened_with("store")
+@pytest.mark.parametrize("experience", ["", "store"])
+def test_by_default_records_of_other_operators_are_lessons(experience: str) -> None:
+    opened = opened_with(experience)
     assert opened["shared_with"] == ""
     assert list(opened["lessons"]) == [LESSON] and list(opened["seeds"]) == ["a good one elsewhere"]
 

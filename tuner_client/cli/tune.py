@@ -59,8 +59,8 @@ from tuner_core.errors import UsageError
     type=click.Choice(EXPERIENCES),
     default=EXPERIENCES[0],
     show_default=True,
-    help="Whose trials a search learns from besides its own operator's: this job's, also past ones in the store (where "
-    "at least eight related operators have some), or nobody's.",
+    help="Whose trials a search learns from besides its own operator's: also past ones (where at least eight related "
+    "operators have some), this job's, or nobody's.",
 )
 @click.option("--refresh", is_flag=True, help="Measure again what the store already holds.")
 @click.option("--detach", is_flag=True, help="Leave the job to the server and return at once.")

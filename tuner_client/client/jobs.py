@@ -48,7 +48,7 @@ class JobClient(ModelClient):
         layout: str = "auto",
         early_stopping: int = DEFAULT_PATIENCE,
         negligible_percent: float = 100 * DEFAULT_NEGLIGIBLE_SHARE,
-        experience: str = "job",
+        experience: str = "store",
         detach: bool = False,
     ) -> JobReport:
         """Tune a model; see :func:`tuner_client.tune` for the arguments.

@@ -145,7 +145,7 @@ class Performer:
         seed = (self.facts.spec.seed + wanted.task * 7919) % (2**31 - 2) + 1
         key = self.key(wanted.task)
         spec = self.facts.spec
-        asked = spec.experience or "job"
+        asked = spec.experience or "store"
         past = self._transfer if asked != "none" else None
         try:
             await self.lane.search.open(

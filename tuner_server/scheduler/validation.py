@@ -13,7 +13,7 @@ MAX_TRIALS = 1_000_000
 MAX_TASKS = 10_000
 MAX_BODY_BYTES = 16 << 20
 MAX_COST_WEIGHT = 10.0
-EXPERIENCES = ("", "job", "store", "none")
+EXPERIENCES = ("", "store", "job", "none")
 
 
 def validate_spec(spec: tuning_pb2.JobSpec) -> None:
