@@ -15,9 +15,11 @@ from tests.gpu import kernels
 from tests.integration import measured_libraries as libraries
 from tests.integration.measured_libraries import MATMUL_ARGS, VECTOR_ARGS
 from tests.integration.process_state import gone, until
+from tuner_core.errors import TunerError
 from tuner_core.model import EvaluatorSettings, FailureKind
 from tuner_server.measure.fleet import MeasureRequest, WorkerFleet
 from tuner_server.measure.gate import CoreGate
+from tuner_server.measure.slot import WorkerSlot
 from tuner_server.partitions.cpu import CpuPartitions
 from tuner_server.partitions.interface import Partition
 from tuner_server.processes.handle import Child, ChildError
@@ -299,5 +301,28 @@ def test_the_first_worker_back_measures_while_the_others_are_on_their_way(
             provider.held.set()
             assert await until(lambda: fleet.capacity == 2)
             assert fleet.facts().recoveries.count == 1, "the device was not whole in between"
+
+    runner.run(asyncio.wait_for(check(), 60))
+
+
+def test_a_worker_that_dies_on_its_way_to_the_device_is_not_stopped_once_more(
+    runner: asyncio.Runner, spawner: CountingSpawner
+) -> None:
+    class Stuck(Shared):
+        async def stop_worker(self, child: Child) -> bool:
+            await asyncio.sleep(3600)
+            raise AssertionError
+
+    async def check() -> None:
+        provider = Stuck(spawner)
+        (partition, _) = provider.plan(50)
+        slot = WorkerSlot(partition)
+        child = await slot.fork(spawner)
+        child.pause()  # so that it does not answer before it is killed
+        arriving = asyncio.create_task(slot.occupy(child, provider))
+        await asyncio.sleep(0.1)
+        child.kill()
+        with pytest.raises(TunerError, match="did not start"):
+            await asyncio.wait_for(arriving, 10)
 
     runner.run(asyncio.wait_for(check(), 60))

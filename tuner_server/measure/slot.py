@@ -109,7 +109,7 @@ class WorkerSlot:
         except BaseException as error:
             if prompt and isinstance(error, ChildTimeout):
                 child.kill()  # nothing of it is on the device yet
-            else:
+            elif not isinstance(error, ChildDied):  # what is gone need not be stopped; after a fault that may hang
                 await provider.stop_worker(child)
             if isinstance(error, ChildDied | ChildError | ChildTimeout):
                 raise TunerError(f"the worker {self.name} did not start: {error}") from None
