@@ -8,13 +8,11 @@ from collections.abc import Mapping
 
 import pytest
 
+from tests.unit.simulated_search import next_piece
 from tuner_core.allocation.budget import MIN_TRIALS, TaskHistory, new_trials, tasks_worth_trials
 from tuner_core.model import FailureKind, JobState, TaskState
 from tuner_server.scheduler import messages as m
 from tuner_server.scheduler.machine import JobMachine, Limits, TaskPlan
-
-PIECE = 3
-"""Candidates that the simulated search hands over at once."""
 
 
 class SimulatedEngine:
@@ -81,17 +79,12 @@ class SimulatedEngine:
         match instruction:
             case m.MeasureBaseline(task):
                 return [m.BaselineMeasured(task, f"fallback{task}", 5000.0)]
-            case m.Generate(task, batch, count):
+            case m.Generate(task, batch):
                 if task in self.cannot_sample:
                     return [m.CannotSample(task, batch, "cannot sample enough initial population")]
-                first = self.generated[task]
-                piece = min(count, PIECE, self.space.get(task, 10**9) - first)
-                self.generated[task] += piece
-                more = count > PIECE == piece
-                if more:
-                    self.pending.append(m.Generate(task, batch, count - piece))
-                traces = tuple(f"t{task}c{first + n}" for n in range(piece))
-                return [m.CandidatesReady(task, batch, traces, more=more)]
+                piece, rest = next_piece(instruction, self.generated, self.space)
+                self.pending += rest
+                return [piece]
             case m.RunTrial(task, batch, trace):
                 self.measured[task] += 1
                 if task in self.failing:

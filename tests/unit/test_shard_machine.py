@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from tests.unit.simulated_search import next_piece
 from tuner_core.errors import ConflictError, TunerError, UsageError
 from tuner_core.model import FailureKind, TaskState
 from tuner_server.scheduler import messages as m
@@ -18,10 +19,6 @@ from tuner_server.scheduler.shard_machine import ShardMachine
 BATCH = 4
 LEASE_S = 10.0
 TASKS = [TaskPlan("a", 1, True), TaskPlan("b", 4, True), TaskPlan("c", 2, False)]
-
-
-PIECE = 3
-"""Candidates that the simulated search hands over at once."""
 
 
 class SimulatedEngine:
@@ -94,15 +91,10 @@ class SimulatedEngine:
                 return [sm.KnownFound(task, self.known.get(task, m.Known()))]
             case m.MeasureBaseline(task):
                 return [m.BaselineMeasured(task, f"fallback{task}", 5000.0, f"id-fallback{task}")]
-            case m.Generate(task, batch, count):
-                first = self.generated[task]
-                piece = min(count, PIECE, self.space.get(task, 10**9) - first)
-                self.generated[task] += piece
-                more = count > PIECE == piece
-                if more:
-                    self.pending.append(m.Generate(task, batch, count - piece))
-                traces = tuple(f"t{task}c{first + n}" for n in range(piece))
-                return [m.CandidatesReady(task, batch, traces, more=more)]
+            case m.Generate():
+                piece, rest = next_piece(instruction, self.generated, self.space)
+                self.pending += rest
+                return [piece]
             case m.RunTrial(task, batch, trace):
                 self.runs[trace] += 1
                 if task in self.failing:
