@@ -81,8 +81,8 @@ class Batch:
     Attributes:
         lease: Token of the lease that pays for them, if there are leases.
         session: Which of the task's sessions they were asked of.
+        asked: How many are to come in all; fewer than were asked for, once it is known that the search has no more.
         come: How many of them the search has proposed by now.
-        generated: No more will come.
     """
 
     asked: int
@@ -91,7 +91,11 @@ class Batch:
     come: int = 0
     waiting: set[str] = field(default_factory=set)
     results: list[m.KnownTrial] = field(default_factory=list)
-    generated: bool = False
+
+    @property
+    def generated(self) -> bool:
+        """No more will come."""
+        return self.come == self.asked
 
 
 @dataclass
@@ -134,9 +138,7 @@ class TaskProgress:
     @property
     def outstanding(self) -> int:
         """Candidates that were asked for, and those that are being built or measured."""
-        return sum(
-            len(batch.waiting) + (0 if batch.generated else batch.asked - batch.come) for batch in self.batches.values()
-        )
+        return sum(batch.asked - batch.come + len(batch.waiting) for batch in self.batches.values())
 
     @property
     def fresh(self) -> int:

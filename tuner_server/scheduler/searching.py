@@ -54,7 +54,7 @@ def complete(task: TaskProgress, batch_id: int, out: m.Sink) -> int:
     batch = task.batches[batch_id]
     missing = batch.asked - batch.come
     task.new_trials -= missing
-    batch.asked, batch.generated = batch.come, True
+    batch.asked = batch.come
     report_if_complete(task, batch_id, out)
     return missing
 
