@@ -64,7 +64,7 @@ class CostModel:
         matrix = self._table.matrix([(space, point) for space, point, _ in trials])
         opinion = self._opinion(matrix)
         self._share = 0.0 if opinion is None else _worth(opinion, labels, weights)
-        margin = np.zeros(len(matrix), dtype=np.float32) if opinion is None else self._share * opinion
+        margin = self._margin(opinion, len(matrix))
         self._shift = float(np.average(labels - margin, weights=weights))
         data = xgboost.DMatrix(matrix, label=labels, weight=weights, base_margin=margin + self._shift, nthread=1)
         parameters = {
@@ -87,17 +87,14 @@ class CostModel:
         if not points:
             return np.zeros(0, dtype=np.float32)
         matrix = self._table.matrix(points)
-        margin = self._margin(matrix) + self._shift
+        margin = self._margin(self._opinion(matrix) if self._share else None, len(matrix)) + self._shift
         if self._booster is None:
             return margin
         return np.asarray(self._booster.predict(xgboost.DMatrix(matrix, base_margin=margin, nthread=1)))
 
-    def _margin(self, matrix: Matrix) -> Matrix:
+    def _margin(self, opinion: Matrix | None, rows: int) -> Matrix:
         """The other tasks' opinion, scaled by what it is still worth."""
-        opinion = self._opinion(matrix) if self._share else None
-        if opinion is None:
-            return np.zeros(len(matrix), dtype=np.float32)
-        return self._share * opinion
+        return np.zeros(rows, dtype=np.float32) if opinion is None else self._share * opinion
 
 
 def _worth(opinion: Matrix, labels: Matrix, weights: Matrix) -> float:
