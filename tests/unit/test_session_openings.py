@@ -55,7 +55,7 @@ def opened_with(experience: str) -> dict[str, Any]:
 
     async def check() -> None:
         tasks = [TaskProgress(0, TaskPlan("t", 1, True))]
-        performer = Performer(facts, lane, None, tasks, lambda event: None, Past())  # type: ignore[arg-type]
+        performer = Performer(facts, [make_workload("mine")], lane, None, tasks, lambda event: None, Past())  # type: ignore[arg-type]
         performer._references = SimpleNamespace(foresee=lambda index: None)  # type: ignore[assignment]
         performer.perform(m.OpenSession(0, ()))
         await asyncio.gather(*performer._work)

@@ -54,9 +54,10 @@ class JobRun:
         self._started_at = time.monotonic()
         self._ended_at: float | None = None
         self._base = queued_status(facts)
+        workloads = [workload_from_message(task.workload) for task in facts.spec.tasks]
         plans = [
-            TaskPlan(task.name, task.weight, task.tunable, workload_from_message(task.workload).cost_guess)
-            for task in facts.spec.tasks
+            TaskPlan(task.name, task.weight, task.tunable, workload.cost_guess)
+            for task, workload in zip(facts.spec.tasks, workloads, strict=True)
         ]
         self._machine = JobMachine(
             plans,
@@ -68,7 +69,9 @@ class JobRun:
         self._events: asyncio.Queue[m.Event | BaseException] = asyncio.Queue()
         own = {task.workload.digest for task in facts.spec.tasks}
         transfer = None if facts.spec.refresh else Transfer(store, own)
-        self._performer = Performer(facts, engine, committer, self._machine.tasks, self._events.put_nowait, transfer)
+        self._performer = Performer(
+            facts, workloads, engine, committer, self._machine.tasks, self._events.put_nowait, transfer
+        )
         self._flight = SingleFlight(store, f"{facts.instance}/{facts.job}", self._claim_taken)
         self._letting_go: set[asyncio.Task[None]] = set()
         self._final: set[int] = set()

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tuner_core.model import EvaluatorSettings, FailureKind, Origin, Record, RecordKey, Workload, trial_id
-from tuner_core.store.wire import workload_from_message
 from tuner_server import timeline
 from tuner_server.build.pool import Artifact
 from tuner_server.lanes.lane import Lane
@@ -40,6 +39,7 @@ class Performer:
 
     Args:
         facts: The job.
+        workloads: Of its tasks, in their order.
         lane: Search and build, and the workers of the job's share.
         committer: Stores what was measured before it counts.
         tasks: What is known of the job's tasks; read only.
@@ -50,6 +50,7 @@ class Performer:
     def __init__(
         self,
         facts: JobFacts,
+        workloads: Sequence[Workload],
         lane: Lane,
         committer: Committer,
         tasks: Sequence[TaskProgress],
@@ -58,7 +59,7 @@ class Performer:
     ) -> None:
         self.facts = facts
         self.lane = lane
-        self.workloads = [workload_from_message(task.workload) for task in facts.spec.tasks]
+        self.workloads = workloads
         self._committer = committer
         self._tasks = tasks
         self._emit = emit

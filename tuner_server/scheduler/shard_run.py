@@ -12,6 +12,7 @@ from typing import Any
 from tuner_core.errors import TunerError, UnavailableError
 from tuner_core.proto.tuner.v1 import leases_pb2, tuning_pb2
 from tuner_core.store.interface import RecordStore
+from tuner_core.store.wire import workload_from_message
 from tuner_server.engine import Engine
 from tuner_server.lanes.lane import Lane
 from tuner_server.scheduler import messages as m
@@ -275,7 +276,10 @@ class ShardRun:
             spec = self.facts.spec
             own = {task.workload.digest for task in spec.tasks}
             transfer = None if spec.refresh else Transfer(self._store, own)
-            performer = Performer(self.facts, lane, self._committer, self.machine.tasks, self._emit, transfer)
+            workloads = [workload_from_message(task.workload) for task in self.facts.spec.tasks]
+            performer = Performer(
+                self.facts, workloads, lane, self._committer, self.machine.tasks, self._emit, transfer
+            )
             await performer.add_workloads()
             self._performer = performer
         self._performer.lane = lane
