@@ -21,7 +21,7 @@ from tests.integration.measured_libraries import VECTOR_ARGS
 from tuner_core.model import FailureKind
 from tuner_server.gpu.inventory import GpuInfo
 from tuner_server.gpu.lock import LOCK_DIRECTORY
-from tuner_server.measure import device_workers
+from tuner_server.measure import neighbours
 from tuner_server.measure.fleet import Measurement, MeasureRequest, WorkerFleet
 from tuner_server.measure.gate import CoreGate
 from tuner_server.partitions.interface import Partition
@@ -126,12 +126,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_neighbour_is_not(tmp_path: Path
 def test_a_worker_is_free_before_its_measurement_counts_and_right_outputs_count_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settled = asyncio.Event()  # long after a neighbour's fault would have shown
-
-    async def until_settled(_seconds: float) -> None:
-        await settled.wait()
-
-    monkeypatch.setattr(device_workers, "settling", until_settled)
+    monkeypatch.setattr(neighbours, "SETTLE_S", 3600.0)  # so it is the neighbour's end that makes it count
     good = kernels.build("good", tmp_path, CPU)
     slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
 
@@ -143,10 +138,33 @@ def test_a_worker_is_free_before_its_measurement_counts_and_right_outputs_count_
             free = asyncio.Event()
             measured = asyncio.create_task(fleet.measure(kernels.request(good), free.set))
             await free.wait()
-            assert not measured.done(), "the neighbour may still spoil it"
+            assert not measured.done() and not neighbour.done(), "the neighbour may still spoil it"
             checked = await fleet.check(good, kernels.ARGS_INFO, None, fallback=good)
             assert checked.verdict == "ok" and not neighbour.done()
-            settled.set()
-            assert (await measured).neighbours == (await neighbour).neighbours == 1
+            assert (await neighbour).neighbours == (await measured).neighbours == 1
+
+    asyncio.run(body())
+
+
+def test_a_neighbours_end_makes_a_finished_measurement_void_and_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "SETTLE_S", 3600.0)
+    good = kernels.build("good", tmp_path, CPU)
+    slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
+
+    async def body() -> None:
+        async with two_workers(tmp_path) as (fleet, _provider):
+            neighbour = asyncio.create_task(fleet.measure(slow))
+            while not any(worker.state == "measuring" for worker in fleet.workers()):
+                await asyncio.sleep(0.01)
+            victim = busy(fleet)
+            free = asyncio.Event()
+            measured = asyncio.create_task(fleet.measure(kernels.request(good), free.set))
+            await free.wait()
+            os.kill(victim, signal.SIGKILL)
+            assert (await measured).neighbours == 0, "what was measured beside the lost one counts"
+            assert (await neighbour).median_us > 0
+            assert fleet.facts().voided == 1
 
     asyncio.run(body())

@@ -18,6 +18,7 @@ from tuner_server.measure.exclusive import ExclusiveTurn
 from tuner_server.measure.gate import CoreGate
 from tuner_server.measure.memory import says_out_of_memory
 from tuner_server.measure.metrics import FleetMetrics
+from tuner_server.measure.neighbours import Activity, Neighbours
 from tuner_server.measure.repairs import Outcomes, Repairs
 from tuner_server.measure.slot import WorkerSlot
 from tuner_server.measure.turns import Turns
@@ -29,7 +30,6 @@ from tuner_server.trial import TrialFailed
 log = logging.getLogger(__name__)
 
 _DEVICE_FAULT = "device_fault"  # as the worker says it
-_SETTLE_S = 0.5  # where faults spread: a faulting MPS client took its neighbours along within 0.3 s when tried
 _UNUSABLE_AFTER_S = 30.0
 
 
@@ -54,15 +54,6 @@ class Work:
     freed: Callable[[], None] | None = None
 
 
-@dataclass(eq=False)
-class _Activity:
-    """A request that runs on the device."""
-
-    slot: WorkerSlot
-    neighbours: int = 0
-    void: bool = False
-
-
 @dataclass(frozen=True)
 class Done:
     """An answer, and what it was got on. ``neighbours``: most other requests on the device at the same time."""
@@ -72,11 +63,6 @@ class Done:
     sm_count: int
     affinity: tuple[int, ...]
     neighbours: int
-
-
-async def settling(seconds: float) -> None:
-    """Wait until a neighbour's fault would have shown."""
-    await asyncio.sleep(seconds)
 
 
 class _Lost(Exception):
@@ -112,8 +98,7 @@ class DeviceWorkers:
         self._pause_bound_s = pause_bound_s
         self._slots: list[WorkerSlot] = []
         self._turns: Turns[WorkerSlot] = Turns(lambda slot: slot.ready)
-        self._running: set[_Activity] = set()
-        self._settling: set[_Activity] = set()
+        self._neighbours = Neighbours()
         self._requests: set[asyncio.Task[Any]] = set()
         self._requests_alone: set[asyncio.Task[Any]] = set()
         self._incomplete_since: float | None = None
@@ -217,39 +202,31 @@ class DeviceWorkers:
         with timeline.waiting("waiting to be measured"):
             slot = await self._turns.take(work.accepts, within_alone=alone, first=first)
         # A task of its own: when the caller is cancelled the worker is not killed for it, but finishes and comes back.
-        activity = _Activity(slot)
-        task = asyncio.create_task(self._request(slot, work, activity, alone))
+        task = asyncio.create_task(self._request(slot, work, alone))
         for group in (self._requests, self._requests_alone) if alone else (self._requests,):
             group.add(task)
             task.add_done_callback(group.discard)
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        done = await asyncio.shield(task)
+        done, activity = await asyncio.shield(task)
         if work.freed is not None:
             work.freed()
         right = done.reply.get("verdict") == "ok"  # a neighbour's fault can only make outputs wrong
-        if self._provider.faults_spread and done.neighbours and not right:
-            self._settling.add(activity)
-            try:
-                await settling(_SETTLE_S)
-            finally:
-                self._settling.discard(activity)
+        if self._provider.faults_spread and not right:
+            await activity.over()
         if activity.void:
             raise _Lost(FailureKind.WORKER_LOST, "a neighbour's fault made the measurement void")
         return done
 
-    async def _request(self, slot: WorkerSlot, work: Work, activity: _Activity, alone: bool) -> Done:
+    async def _request(self, slot: WorkerSlot, work: Work, alone: bool) -> tuple[Done, Activity]:
         try:
             child = slot.child
             if child is None or not slot.ready:
                 raise _Lost(FailureKind.WORKER_LOST, f"{slot.name} ended before it was asked")
             slot.state = "measuring"
-            self._running.add(activity)
-            for other in self._running:
-                other.neighbours = max(other.neighbours, len(self._running) - 1)
             stage = timeline.as_stage("promotion") if alone else contextlib.nullcontext()
-            with self._holding(slot, work, alone), stage:
+            with self._neighbours.activity() as activity, self._holding(slot, work, alone), stage:
                 reply = await child.request(work.op, work.args, work.timeout_s, kill=False)
-            return Done(reply, slot, slot.sm_count_seen, slot.affinity, activity.neighbours)
+            return Done(reply, slot, slot.sm_count_seen, slot.affinity, activity.neighbours), activity
         except ChildTimeout:
             if slot.ready and not self._stopping:
                 self._metrics.fault(FailureKind.RUN_TIMEOUT)
@@ -257,17 +234,16 @@ class DeviceWorkers:
             raise TrialFailed(FailureKind.RUN_TIMEOUT, f"it did not end within {work.timeout_s:g} s") from None
         except ChildDied as died:
             kind = _kind_of_exit(died)
-            self._fault(slot, kind, activity)
+            self._fault(slot, kind)
             if kind is FailureKind.OUT_OF_MEMORY:  # by its own last words: nobody else is to blame
                 raise TrialFailed(kind, f"it needs more memory than a worker has: {_last_words(died)}") from None
             raise _Lost(kind, f"{slot.name} ended ({describe_exit(died.code)})") from None
         except ChildError as error:
             if error.kind == _DEVICE_FAULT:
-                self._fault(slot, FailureKind.RUN_ERROR, activity)
+                self._fault(slot, FailureKind.RUN_ERROR)
                 raise _Lost(FailureKind.RUN_ERROR, str(error)) from None
             raise TrialFailed(_kind_of_error(error.kind), str(error)) from None
         finally:
-            self._running.discard(activity)
             if slot.state == "measuring":
                 slot.state = "idle"
             self._turns.give(slot)
@@ -281,13 +257,13 @@ class DeviceWorkers:
 
     # Faults
 
-    def _fault(self, slot: WorkerSlot, kind: str, activity: _Activity | None = None) -> None:
+    def _fault(self, slot: WorkerSlot, kind: str) -> None:
         """A worker ended by itself: replace it, and its neighbours where faults spread."""
         if not slot.ready or self._stopping:
             return
         self._metrics.fault(kind)
         if self._provider.faults_spread:
-            self._void_all(activity)
+            self._void_all()
         else:
             self._repair(slot, void=False)
 
@@ -296,11 +272,8 @@ class DeviceWorkers:
         self._metrics.fault("device_lost")
         self._void_all()
 
-    def _void_all(self, guilty: _Activity | None = None) -> None:
-        spoilt = [activity for activity in self._running | self._settling if not activity.void]
-        self._metrics.voided(sum(activity is not guilty for activity in spoilt))
-        for activity in spoilt:
-            activity.void = True
+    def _void_all(self) -> None:
+        self._metrics.voided(self._neighbours.spoil())
         self._repairs.void([slot.arriving for slot in self._slots if slot.arriving is not None])
         for slot in self._slots:
             self._repair(slot, void=True)
