@@ -6,8 +6,8 @@ Candidates of a 3x3 and a 1x1 convolution, a matrix product, a depthwise convolu
 precision, drawn by the service's own search: with the cost of a build in mind, and without. Half of them are a job's
 first batch, drawn at random; half are ranked by the cost model after the first half has come back with stand-ins for
 latencies, which like 64 accumulators and 256 threads whatever the build costs. Every candidate is built in this
-process: as the service builds it, and, in turns, with all of TVM's passes and the source as TVM writes it. Three to
-five minutes.
+process: as the service builds it, and, in turns, with all of TVM's passes, the source as TVM writes it, and a library
+with host code in place of the file of a kernel. Three to five minutes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from tasks import plain_workloads
 
 from tuner_core.model import Workload
 from tuner_server.processes.child import cpu_s
+from tuner_server.processes.heap import keep_freed_memory
 
 ARCH = str(TARGET["arch"])
-STAGES = ("replay", "lowering", "code", "nvrtc", "link")
-BEFORE = {"lowering": "lowering, all passes", "nvrtc": "nvrtc, as written"}
+STAGES = ("replay", "lowering", "code", "nvrtc", "file")
+BEFORE = {"lowering": "lowering, all passes", "nvrtc": "nvrtc, as written", "file": "library"}
 """Stages that differ, with the name of what takes their place in the comparison."""
 
 
@@ -61,7 +62,7 @@ class Costs:
 
     @property
     def before(self) -> float:
-        """With all passes, and the source as it was written."""
+        """With all passes, the source as it was written, and host code."""
         return sum(self.seconds.get(BEFORE.get(stage, stage), 0.0) for stage in STAGES)
 
 
@@ -133,15 +134,16 @@ def build(body: str, trace: str, folder: Path, number: int) -> Costs:
     import tvm_ffi
     from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
     from tvm.target import Target
-    from tvm.tirx.build import tir_to_runtime
+    from tvm.tirx.build import codegen_build
 
     from tuner_core.compiler import cuda_build, nvrtc
     from tuner_core.compiler.cuda_source import rewritten
-    from tuner_core.compiler.lowering import lower
+    from tuner_core.compiler.kernel_call import write_kernel
+    from tuner_core.compiler.lowering import lower_parts
     from tuner_core.compiler.trace import apply_trace
     from tuner_server.build.link import link_shared
 
-    costs = Costs()
+    costs, cubin = Costs(), b""
     options = cuda_build.nvrtc_options(ARCH)
 
     def callback(source: str) -> bytes:
@@ -161,8 +163,10 @@ def build(body: str, trace: str, folder: Path, number: int) -> Costs:
                 except nvrtc.CudaCompileError:  # eight halves side by side: CUDA has no such vector
                     return b""
 
+        nonlocal cubin
         first, second = (new, old) if number % 2 else (old, new)
-        return max(first(), second(), key=len)
+        cubin = max(first(), second(), key=len)
+        return cubin
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", callback, override=True)
     target = Target(TARGET)
@@ -172,18 +176,26 @@ def build(body: str, trace: str, folder: Path, number: int) -> Costs:
         with costs.timed(BEFORE["lowering"]):
             all_passes(mod, target)
         with costs.timed("lowering"):
-            host_mod, device_mods, host = lower(mod, target)
+            lowered = lower_parts(mod, target)
         try:
             with costs.timed("code"):
-                library: Any = tir_to_runtime(host_mod, device_mods, host)
+                modules = [codegen_build(functions, device) for device, functions in lowered.devices.items()]
         except Exception as error:  # NVRTC's comes out of TVM as a RuntimeError
             costs.failed = True
             print(f"  not built: {str(error).strip().splitlines()[-1][:100]}")
             return costs
         finally:  # the compiler runs inside
             costs.seconds["code"] -= costs.seconds.get("nvrtc", 0.0) + costs.seconds.get(BEFORE["nvrtc"], 0.0)
-    with costs.timed("link"), tempfile.TemporaryDirectory(dir=folder) as workspace:
+    with costs.timed("library"), target, tempfile.TemporaryDirectory(dir=folder) as workspace:
+        library: Any = codegen_build(lowered.host_functions(), lowered.host)
+        for module in modules:
+            library.import_module(module)
         library.export_library(str(folder / "candidate.so"), fcompile=link_shared, workspace_dir=workspace)
+    if lowered.call is None:
+        costs.seconds["file"] = costs.seconds["library"]
+    else:
+        with costs.timed("file"):
+            write_kernel(folder / "candidate.kernel", lowered.call, cubin)
     return costs
 
 
@@ -252,6 +264,7 @@ def main() -> None:
     from tuner_core.compiler import cuda_build, nvrtc
     from tuner_server.search.messages import SearchSettings
 
+    keep_freed_memory()
     cuda_build.enable_cuda_builds()
     nvrtc.compile_cubin("__global__ void warm() {}", cuda_build.nvrtc_options(ARCH))  # loading it is not counted
     rows: list[dict[str, Any]] = []

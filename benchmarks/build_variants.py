@@ -31,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import results
 from devices import use_only
@@ -51,6 +52,7 @@ TARGET = {
 }
 LIMITS = (250, 500, 1000, 1500, 2000, 3000, 4000)
 ROUNDS = 3
+SAMPLE_S = 0.005
 BUDGETS = (0.125, 0.25, 0.5)
 ORDERS = 500
 
@@ -108,7 +110,6 @@ def begin_to_build(warming: Job) -> None:
 def compile_candidate(job: Job) -> list[Built]:
     """Compile one candidate in all ways, in a process that :func:`begin_to_build` made ready."""
     task, body, number, trace, folder, estimate = job
-    import tvm_ffi
     from tvm.target import Target
 
     from tuner_core.compiler import cuda_build, nvrtc
@@ -122,8 +123,9 @@ def compile_candidate(job: Job) -> list[Built]:
         change, options = VARIANTS[name]
         said: dict[str, Any] = {}
 
-        def callback(
+        def build_cubin(
             source: str,
+            _arch: str,
             change: Callable[[str], str] = change,
             options: list[str] = options,
             said: dict[str, Any] = said,
@@ -134,11 +136,11 @@ def compile_candidate(job: Job) -> list[Built]:
             said.update(nvrtc=time.process_time() - start, statements=source.count(";"))
             return cubin
 
-        tvm_ffi.register_global_func("tvm_callback_cuda_compile", callback, override=True)
         path = Path(folder) / f"{task}-{number}-{order}.so"
         start = time.process_time()
         try:
-            compile_module(apply_trace(load_workload(body), trace).mod, Target(TARGET), path)
+            with patch.object(cuda_build, "build_cubin", build_cubin):
+                path = compile_module(apply_trace(load_workload(body), trace).mod, Target(TARGET), path)
         except Exception as error:
             print(f"{task} {number} {name}: {str(error).strip().splitlines()[-1][:100]}", flush=True)
             return []
@@ -158,6 +160,7 @@ def latencies(built: list[Built], args_info: dict[str, Any]) -> dict[tuple[str, 
     import tvm
 
     from tuner_core.compiler.cuda_libraries import load_tvm_cuda_runtime
+    from tuner_server.measure.loaded import load_operator
 
     load_tvm_cuda_runtime(allow_stub=False)
     device = tvm.cuda(0)
@@ -171,14 +174,16 @@ def latencies(built: list[Built], args_info: dict[str, Any]) -> dict[tuple[str, 
     measured = {}
     for (task, number), ways in groups.items():
         try:
-            timers = [
-                tvm.runtime.load_module(way.path).time_evaluator("main", device, number=1, repeat=1, min_repeat_ms=5)
-                for way in ways
+            operators = [load_operator(Path(way.path)) for way in ways]
+            calls = [
+                math.ceil(SAMPLE_S / min(operator.times(arguments[task], device, number=1, repeat=3)))
+                for operator in operators
             ]
             samples: list[list[float]] = [[] for _ in ways]
             for _ in range(ROUNDS):
-                for timer, into in zip(timers, samples, strict=True):
-                    into.append(timer(*arguments[task]).mean * 1e6)
+                for operator, number_of_calls, into in zip(operators, calls, samples, strict=True):
+                    (seconds,) = operator.times(arguments[task], device, number=number_of_calls, repeat=1)
+                    into.append(seconds * 1e6)
         except Exception as error:
             print(f"{task} {number}: {str(error).strip().splitlines()[-1][:100]}", flush=True)
             continue

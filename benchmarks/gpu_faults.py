@@ -75,7 +75,7 @@ class Host:
 
     def request(self, name: str, timeout_s: float = 10.0) -> MeasureRequest:
         """A measurement of a test kernel."""
-        return kernels.request(self.artifacts / f"{name}.so", timeout_s)
+        return kernels.request(kernels.built(self.artifacts, name), timeout_s)
 
     async def verdict(self, name: str, timeout_s: float = 10.0) -> str:
         """The kind of failure that is recorded, or ``measured``."""

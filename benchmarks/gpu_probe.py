@@ -97,7 +97,7 @@ class Probe:
     def request(self, name: str, timeout_s: float = 10.0) -> MeasureRequest:
         from tests.gpu import kernels
 
-        return kernels.request(self.artifacts / f"{name}.so", timeout_s)
+        return kernels.request(kernels.built(self.artifacts, name), timeout_s)
 
     async def up(self) -> WorkerFleet:
         """The 4 x 25 % fleet, started if a section before has not."""
@@ -256,7 +256,7 @@ async def build(probe: Probe) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__)), "--build", str(probe.artifacts), target]
     start = time.perf_counter()
     said = await asyncio.to_thread(output_of, *command, timeout_s=100)
-    names = sorted(path.name for path in probe.artifacts.glob("*.so"))
+    names = sorted(path.name for path in probe.artifacts.glob("*.*"))
     assert "good" in {Path(name).stem for name in names}, said
     return {"seconds": time.perf_counter() - start, "said": said}
 

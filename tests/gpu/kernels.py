@@ -78,7 +78,7 @@ def build(name: str, directory: Path, target_json: str = H200_TARGET) -> Path:
 
     Args:
         name: Its name.
-        directory: Where its library goes.
+        directory: Where it goes.
         target_json: What to build for.
     """
     load_tvm(intrinsics=True)
@@ -99,9 +99,13 @@ def build(name: str, directory: Path, target_json: str = H200_TARGET) -> Path:
             body = body[:at] + loop + body[body.index(")", at) + 1 :]
     function = tvm.script.from_source(_HEAD.lstrip() + body)
     prepare_for_target(target)
-    out = directory / f"{name}.so"
-    compile_module(tvm.IRModule({"main": function}), target, out)
-    return out
+    return compile_module(tvm.IRModule({"main": function}), target, directory / f"{name}.so")
+
+
+def built(directory: Path, name: str) -> Path:
+    """What :func:`build` has left: a kernel's file, or a library."""
+    (path,) = (path for path in (directory / f"{name}.kernel", directory / f"{name}.so") if path.exists())
+    return path
 
 
 def request(artifact: Path, timeout_s: float = 10.0) -> MeasureRequest:

@@ -61,17 +61,20 @@ def test_a_gpu_is_shared_as_50_25_25_and_divided_anew_for_another_share_and_back
             assert total * 0.4 < half_sms <= total * 0.5 and total * 0.2 < quarter_sms <= total * 0.25
             async with server.lane(50) as half, server.lane(25) as quarter:
                 of_half, of_quarter = await asyncio.gather(
-                    measured_for(half, artifacts / "good.so", 2), measured_for(quarter, artifacts / "good.so", 2)
+                    measured_for(half, kernels.built(artifacts, "good"), 2),
+                    measured_for(quarter, kernels.built(artifacts, "good"), 2),
                 )
                 assert {one.sm_count for one in of_half} == {half_sms}
                 assert {one.sm_count for one in of_quarter} == {quarter_sms}
                 assert max(one.neighbours for one in (*of_half, *of_quarter)) == 2
                 print(f"\n{len(of_half)} measurements at 50 %, {len(of_quarter)} at 25 % in 2 s", flush=True)
                 async with quarter.fleet.exclusive() as alone:
-                    assert (await alone.measure(kernels.request(artifacts / "good.so"))).neighbours == 0
+                    assert (await alone.measure(kernels.request(kernels.built(artifacts, "good")))).neighbours == 0
             async with server.lane(30) as odd:
                 assert [share for share, _ in seen(server)] == [30, 30, 30]
-                assert (await odd.fleet.measure(kernels.request(artifacts / "good.so"))).sm_count == odd.sm_count
+                assert (
+                    await odd.fleet.measure(kernels.request(kernels.built(artifacts, "good")))
+                ).sm_count == odd.sm_count
             async with server.lane(25):
                 assert seen(server) == [(50, half_sms), (25, quarter_sms), (25, quarter_sms)]
 
@@ -86,7 +89,7 @@ def test_without_mps_one_worker_measures_on_the_whole_gpu_and_says_why(
             assert seen(server) == [(100, server.devices[0].info.sm_count)]
             assert any("MPS is off" in note for note in server.notes)
             async with server.lane(100) as lane:
-                assert (await lane.fleet.measure(kernels.request(artifacts / "good.so"))).neighbours == 0
+                assert (await lane.fleet.measure(kernels.request(kernels.built(artifacts, "good")))).neighbours == 0
 
     asyncio.run(body())
 
@@ -115,21 +118,21 @@ def test_two_gpus_measure_together_and_a_fault_on_one_leaves_the_other_alone(sho
             async with server.lane(25) as lane:
                 assert lane.fleet.capacity == 4 * len(server.devices)
                 uuids = set(lane.device_uuids)
-                measured = await measured_for(lane, artifacts / "good.so", 2)
+                measured = await measured_for(lane, kernels.built(artifacts, "good"), 2)
                 by_device = {uuid: sum(one.partition.device_uuid == uuid for one in measured) for uuid in uuids}
                 print(f"\nmeasurements by GPU in 2 s: {by_device}", flush=True)
                 assert min(by_device.values()) > 0.5 * max(by_device.values())
 
                 async with lane.fleet.exclusive() as alone:
-                    verified = await alone.measure(kernels.request(artifacts / "good.so"))
-                    beside = await lane.fleet.measure(kernels.request(artifacts / "good.so"))
+                    verified = await alone.measure(kernels.request(kernels.built(artifacts, "good")))
+                    beside = await lane.fleet.measure(kernels.request(kernels.built(artifacts, "good")))
                 assert beside.partition.device_uuid != verified.partition.device_uuid
 
                 others = {worker.pid for worker in server.devices[1].fleet.workers()}
                 provider = server.devices[0].provider
                 assert isinstance(provider, MpsPartitions) and provider.daemon.pid is not None
                 os.kill(provider.daemon.pid, signal.SIGKILL)
-                assert await measured_for(lane, artifacts / "good.so", 5)
+                assert await measured_for(lane, kernels.built(artifacts, "good"), 5)
                 assert {worker.pid for worker in server.devices[1].fleet.workers()} == others
                 for _ in range(100):
                     if lane.fleet.capacity == 4 * len(server.devices):

@@ -66,7 +66,7 @@ async def innocents_survive(
     fleet: WorkerFleet, provider: MpsPartitions, artifacts: Path, hurt: Hurt, within_s: float = RECOVERY_S
 ) -> None:
     """Measure an innocent kernel all along; none may fail, and none may come out poisoned."""
-    good = kernels.request(artifacts / "good.so")
+    good = kernels.request(kernels.built(artifacts, "good"))
     expected = statistics.median([(await fleet.measure(good)).median_us for _ in range(5)])
     stop = asyncio.Event()
     seen: list[float] = []
@@ -94,7 +94,7 @@ async def innocents_survive(
 def failing(artifacts: Path, name: str, kind: FailureKind, timeout_s: float = 10.0) -> Hurt:
     async def hurt(fleet: WorkerFleet, _provider: MpsPartitions) -> None:
         with pytest.raises(TrialFailed) as failure:
-            await fleet.measure(kernels.request(artifacts / f"{name}.so", timeout_s))
+            await fleet.measure(kernels.request(kernels.built(artifacts, name), timeout_s))
         assert failure.value.kind == kind
 
     return hurt
@@ -113,13 +113,15 @@ def test_each_worker_sees_its_share_and_measures(gpu: GpuInfo, artifacts: Path, 
         share = provider.plan(25)[0].expected_sm_count
         assert [worker.sm_count_seen for worker in fleet.workers()] == [share] * WORKERS
         assert share < provider.device.sm_count / 3
-        measured = await asyncio.gather(*(fleet.measure(kernels.request(artifacts / "good.so")) for _ in range(16)))
+        measured = await asyncio.gather(
+            *(fleet.measure(kernels.request(kernels.built(artifacts, "good"))) for _ in range(16))
+        )
         assert {one.partition.index for one in measured} == set(range(WORKERS))
         assert all(one.sm_count == share for one in measured)
         clients = {client.pid for client in await provider.daemon.clients()}
         assert clients == {worker.pid for worker in fleet.workers()}
         async with fleet.exclusive() as alone:
-            assert (await alone.measure(kernels.request(artifacts / "good.so"))).neighbours == 0
+            assert (await alone.measure(kernels.request(kernels.built(artifacts, "good")))).neighbours == 0
 
     run(gpu, short_dir / "seen", body)
 
@@ -202,7 +204,7 @@ def test_a_memory_limit_is_kept_and_a_worker_within_it_is_not_bothered(gpu: GpuI
 
 def test_a_worker_killed_in_a_kernel_costs_no_trial(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
     async def hurt(fleet: WorkerFleet, _provider: MpsPartitions) -> None:
-        victim = asyncio.create_task(fleet.measure(kernels.request(artifacts / "slow.so")))
+        victim = asyncio.create_task(fleet.measure(kernels.request(kernels.built(artifacts, "slow"))))
         await asyncio.sleep(0.1)
         busy = next(worker for worker in fleet.workers() if worker.state == "measuring")
         os.kill(busy.pid, signal.SIGKILL)
@@ -227,7 +229,7 @@ def test_a_killed_mps_server_costs_no_trial(gpu: GpuInfo, artifacts: Path, short
 
 def test_promotion_is_counted_and_keeps_its_bound(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
     async def body(fleet: WorkerFleet, _provider: MpsPartitions) -> None:
-        good = kernels.request(artifacts / "good.so")
+        good = kernels.request(kernels.built(artifacts, "good"))
         stop = asyncio.Event()
 
         async def other() -> None:
@@ -250,7 +252,7 @@ def test_promotion_is_counted_and_keeps_its_bound(gpu: GpuInfo, artifacts: Path,
 def test_a_promotion_outlives_the_daemon_and_its_worker(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
     async def body(fleet: WorkerFleet, provider: MpsPartitions) -> None:
         async def measured_despite(kill: Callable[[], None]) -> None:
-            in_flight = asyncio.create_task(alone.measure(kernels.request(artifacts / "slow.so", 60.0)))
+            in_flight = asyncio.create_task(alone.measure(kernels.request(kernels.built(artifacts, "slow"), 60.0)))
             while not any(worker.state == "measuring" for worker in fleet.workers()):
                 await asyncio.sleep(0.001)
             kill()
@@ -267,7 +269,7 @@ def test_a_promotion_outlives_the_daemon_and_its_worker(gpu: GpuInfo, artifacts:
         async with fleet.exclusive() as alone:
             await measured_despite(kill_daemon)
             await measured_despite(kill_worker)
-            good = artifacts / "good.so"
+            good = kernels.built(artifacts, "good")
             assert (await alone.check(good, kernels.ARGS_INFO, None, fallback=good)).verdict == "ok"
         await all_back(fleet, 0, DAEMON_RECOVERY_S)
 
@@ -276,9 +278,9 @@ def test_a_promotion_outlives_the_daemon_and_its_worker(gpu: GpuInfo, artifacts:
 
 def test_a_hopeless_candidate_gets_a_glance(gpu: GpuInfo, artifacts: Path, short_dir: Path) -> None:
     async def body(fleet: WorkerFleet, _provider: MpsPartitions) -> None:
-        good = await fleet.measure(kernels.request(artifacts / "good.so"))
+        good = await fleet.measure(kernels.request(kernels.built(artifacts, "good")))
         assert len(good.latencies_us) == 3 and not good.gave_up
-        slow = kernels.request(artifacts / "slow.so")
+        slow = kernels.request(kernels.built(artifacts, "slow"))
         glanced = await fleet.measure(dataclasses.replace(slow, give_up_above_us=good.median_us))
         assert glanced.gave_up and len(glanced.latencies_us) == 1
 

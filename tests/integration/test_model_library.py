@@ -105,8 +105,8 @@ def test_a_tuned_kernel_is_the_one_that_was_measured(tmp_path: Path, monkeypatch
     model = prepared(three_operators, (1, 16, 14, 14), (32, 16, 3, 3), target=H200)
     (task,) = [task for task in model.tasks if task.tunable]
     (trace,) = SearchSession(task.workload.body, H200, SearchSettings(), seed=0).generate(1)
-    compile_module(apply_trace(module_from_body(task.workload.body), trace).mod, target(), tmp_path / "candidate.so")
-    (measured,) = machine_code(tmp_path / "candidate.so").values()
+    candidate = apply_trace(module_from_body(task.workload.body), trace).mod
+    (measured,) = machine_code(compile_module(candidate, target(), tmp_path / "candidate.so")).values()
 
     complete = set()
     lower = model_library.lower

@@ -28,6 +28,7 @@ MAX_STATEMENTS = 3000
 """Candidates with more are not compiled: NVRTC takes 2 to 15 core-seconds for them, 0.3 for one of usual size, and no
 fast one had more (benchmarks/NOTES.md)."""
 _statement_limit: ContextVar[int] = ContextVar("statement_limit", default=0)
+_compiled: ContextVar[list[bytes] | None] = ContextVar("compiled", default=None)
 _PREAMBLE = re.compile(r"\A\s*#ifdef __CUDACC_RTC__\n.*?\n#endif\n", re.DOTALL)
 _LIGHT_PREAMBLE = """\
 typedef signed char int8_t;
@@ -77,6 +78,17 @@ def limited_statements(limit: int = MAX_STATEMENTS) -> Iterator[None]:
         yield
     finally:
         _statement_limit.reset(token)
+
+
+@contextlib.contextmanager
+def collected_cubins() -> Iterator[list[bytes]]:
+    """The machine code of what TVM has compiled in the block, in that order: its modules do not give it away."""
+    cubins: list[bytes] = []
+    token = _compiled.set(cubins)
+    try:
+        yield cubins
+    finally:
+        _compiled.reset(token)
 
 
 def light_source(source: str) -> str | None:
@@ -196,7 +208,10 @@ def _compile_callback(source: str) -> bytes:
         raise SourceTooLargeError(f"its kernel has {statements} statements after unrolling; {limit} are the limit")
     if arch is None:
         raise TunerError("a CUDA build needs a target with an arch in scope: with Target(...): tvm.build(...)")
-    return build_cubin(source, arch)
+    cubin = build_cubin(source, arch)
+    if (collected := _compiled.get()) is not None:
+        collected.append(cubin)
+    return cubin
 
 
 def enable_cuda_builds(cache_dir: Path | None = None) -> bool:

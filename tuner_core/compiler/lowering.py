@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -9,6 +10,8 @@ from tvm import tirx
 from tvm.ir.instrument import pass_instrument
 from tvm.target import Target
 from tvm.tirx.build import split_host_device_mods
+
+from tuner_core.compiler.kernel_call import KernelCall, only_call
 
 
 @pass_instrument
@@ -31,9 +34,40 @@ class _WithoutPassesThatAreRepeated:
         return True
 
 
-def lower(
-    mod: tvm.IRModule, target: Target, *, checks: bool = False, all_passes: bool = False
-) -> tuple[tvm.IRModule, dict[Target, tvm.IRModule], Target]:
+@pass_instrument
+class _BeforeHostCode:
+    """Keeps all functions as they are before those of the host get a calling convention."""
+
+    def __init__(self) -> None:
+        self.mod: tvm.IRModule | None = None
+
+    def run_before_pass(self, mod: tvm.IRModule, info: Any) -> None:
+        if info.name == "tirx.MakePackedAPI":
+            self.mod = mod
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Device functions, ready for code to be generated, and host functions that are not finished yet.
+
+    Attributes:
+        devices: Device functions by target.
+        host: The host's target.
+        call: What the host functions do, where that is one kernel's launch.
+    """
+
+    devices: dict[Target, tvm.IRModule]
+    host: Target
+    call: KernelCall | None
+    _host_mod: tvm.IRModule
+    _finalize: Any
+
+    def host_functions(self) -> tvm.IRModule:
+        """The host functions, finished."""
+        return self._finalize()(self._host_mod)
+
+
+def lower_parts(mod: tvm.IRModule, target: Target, *, checks: bool = False, all_passes: bool = False) -> Lowered:
     """The passes of ``tvm.tirx.build``, minus the checks of arguments and, for CUDA, passes that later ones repeat.
 
     Candidates are called with the arguments that their workload states; the checks, with their messages, are a
@@ -46,19 +80,30 @@ def lower(
         checks: Compare arguments with what the functions are compiled for.
         all_passes: Leave none out. One in a hundred candidates for CUDA cannot be lowered then: a pass between them
             does not know the names of vectors.
-
-    Returns:
-        Host functions, device functions by target, and the host's target.
     """
     host = target.host or (target if target.kind.name == "llvm" else Target("llvm"))
     mod = tirx.transform.BindTarget(target.with_host(host))(mod)
     pipeline, finalize_host, finalize_device = tirx.get_default_tir_pipeline(target)
     fewer = target.kind.name == "cuda" and not all_passes
+    before = _BeforeHostCode()
     instruments = [_WithoutPassesThatAreRepeated()] if fewer else []
-    with tvm.transform.PassContext(config={"tirx.disable_cse_tir": fewer}, instruments=instruments):
+    with tvm.transform.PassContext(config={"tirx.disable_cse_tir": fewer}, instruments=[*instruments, before]):
         mod = pipeline(mod)
         if not checks:
             mod = tirx.transform.SkipAssert()(mod)
     host_mod, device_mods = split_host_device_mods(mod)
     devices = {device: finalize_device()(device_mod) for device, device_mod in device_mods.items()}
-    return finalize_host()(host_mod), devices, Target(host)
+    call = only_call(before.mod) if before.mod is not None else None
+    return Lowered(devices, Target(host), call, host_mod, finalize_host)
+
+
+def lower(
+    mod: tvm.IRModule, target: Target, *, checks: bool = False, all_passes: bool = False
+) -> tuple[tvm.IRModule, dict[Target, tvm.IRModule], Target]:
+    """All of it: see :func:`lower_parts`.
+
+    Returns:
+        Host functions, device functions by target, and the host's target.
+    """
+    lowered = lower_parts(mod, target, checks=checks, all_passes=all_passes)
+    return lowered.host_functions(), lowered.devices, lowered.host

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Artifact:
-    """A built shared library that ``tvm.runtime.load_module`` loads.
+    """A built shared library, or the file of a single kernel.
 
     Attributes:
         path: Where it is; the owner of the pool that built it releases it.
@@ -27,7 +27,7 @@ class FallbackBuild:
 
     Attributes:
         trace: JSON of its trace.
-        artifact: Its library.
+        artifact: What was built.
     """
 
     trace: str

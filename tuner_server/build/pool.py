@@ -104,7 +104,7 @@ class BuildPool:
         out = self._new_path("so")
         args = {"trace": trace, "target": target_json, "out": str(out), "cpu_limit_s": self._cpu_limit_s}
         result = await self._run("build", {**_body(workload), **args}, self._timeout_s, [out])
-        return Artifact(out, result["seconds"])
+        return _artifact(out, result)
 
     async def fallback(self, workload: Workload, target_json: str) -> FallbackBuild:
         """Build a workload with the schedule that needs no trials.
@@ -116,7 +116,7 @@ class BuildPool:
         result = await self._run(
             "fallback", {**_body(workload), "target": target_json, "out": str(out)}, self._timeout_s, [out]
         )
-        return FallbackBuild(result["trace"], Artifact(out, result["seconds"]))
+        return FallbackBuild(result["trace"], _artifact(out, result))
 
     async def reference(self, workload: Workload, seed: int) -> Path | None:
         """Inputs and outputs of the workload's unscheduled loops, run on the host.
@@ -309,6 +309,10 @@ class BuildPool:
         self._children.discard(child)
         self._on_lent.pop(child, None)
         self._builds.pop(child, None)
+
+
+def _artifact(out: Path, result: Mapping[str, Any]) -> Artifact:
+    return Artifact(out.with_suffix(result["suffix"]), result["seconds"])
 
 
 def _body(workload: Workload) -> dict[str, str]:

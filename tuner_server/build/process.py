@@ -20,6 +20,7 @@ from tuner_core.errors import InvalidRecordError, TunerError, UsageError
 from tuner_core.model import FailureKind
 from tuner_server.build.compile import compile_module, prepare_for_target
 from tuner_server.processes.child import WorkError, one_line, serve
+from tuner_server.processes.heap import keep_freed_memory
 from tuner_server.processes.limits import limit_resources, limited_processor_time
 
 _MODULES_KEPT = 32
@@ -40,8 +41,8 @@ class _Builder:
         except (InvalidRecordError, UsageError) as error:
             raise WorkError(FailureKind.INVALID_TRACE, str(error)) from None
         with limited_processor_time(args["cpu_limit_s"]), limited_statements():
-            self._compile(schedule.mod, target, args["out"])
-        return {"seconds": time.monotonic() - start}
+            suffix = self._compile(schedule.mod, target, args["out"])
+        return {"suffix": suffix, "seconds": time.monotonic() - start}
 
     def fallback(self, args: dict[str, Any]) -> dict[str, Any]:
         from tuner_core.compiler.fallback import fallback_schedule
@@ -53,8 +54,8 @@ class _Builder:
                 schedule = fallback_schedule(mod, target)
         except Exception as error:
             raise WorkError(FailureKind.BUILD_ERROR, f"no fallback schedule: {one_line(error)}") from None
-        self._compile(schedule.mod, target, args["out"])
-        return {"trace": trace_to_json(schedule), "seconds": time.monotonic() - start}
+        suffix = self._compile(schedule.mod, target, args["out"])
+        return {"suffix": suffix, "trace": trace_to_json(schedule), "seconds": time.monotonic() - start}
 
     def reference(self, args: dict[str, Any]) -> dict[str, Any]:
         from tuner_server.build.reference import write_reference
@@ -106,9 +107,10 @@ class _Builder:
             self._targets[target_json] = target
         return self._targets[target_json]
 
-    def _compile(self, mod: tvm.IRModule, target: Target, out: str) -> None:
+    def _compile(self, mod: tvm.IRModule, target: Target, out: str) -> str:
+        """Build it; the suffix that the file has got in place of the output's."""
         try:
-            compile_module(mod, target, Path(out))
+            return compile_module(mod, target, Path(out)).suffix
         except SourceTooLargeError as error:
             raise WorkError(FailureKind.BUILD_TIMEOUT, str(error)) from None
         except Exception as error:  # TVM, LLVM, NVRTC and the linker have no common base
@@ -144,6 +146,7 @@ def main(sock: socket.socket, config: dict[str, Any]) -> None:
         config: ``cubin_cache``: directory for compiled GPU kernels, or null.
     """
     limit_resources()
+    keep_freed_memory()
     builder = _Builder(config)
     serve(
         sock,

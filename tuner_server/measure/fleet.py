@@ -90,8 +90,8 @@ class WorkerFleet:
 
         Args:
             request: The candidate.
-            freed: Called when the worker takes other requests. The measurement itself comes when its neighbours have been
-                answered, too, or half a second later: a fault of theirs could still make it void.
+            freed: Called when the worker takes other requests. The measurement itself comes when its neighbours have
+                been answered, too, or half a second later: a fault of theirs could still make it void.
 
         Raises:
             TrialFailed: It failed, with its kind.

@@ -1,4 +1,4 @@
-"""What runs inside a measurement worker: load a built library, time it, compare its output. It never compiles."""
+"""What runs inside a measurement worker: load what was built, time it, compare its output. It never compiles."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tvm
-import tvm_ffi
 
 from tuner_core.compiler.cuda_libraries import load_tvm_cuda_runtime
 from tuner_core.model import FailureKind
@@ -22,6 +22,7 @@ from tuner_server.gpu.faults import context_lost, headline
 from tuner_server.measure.argument_cache import ArgumentCache
 from tuner_server.measure.correctness import compare
 from tuner_server.measure.inputs import ArgsInfo, Array, draw_array, load_reference, numpy_dtype, reference_terms
+from tuner_server.measure.loaded import Operator, load_library, load_operator
 from tuner_server.measure.memory import says_out_of_memory
 from tuner_server.measure.models import measure_models
 from tuner_server.processes.child import WorkError, one_line, serve
@@ -29,9 +30,9 @@ from tuner_server.processes.child import WorkError, one_line, serve
 _MARGIN = 1.05  # so that a sample is not shorter than asked for when the calls get faster
 _SURELY = 1.25
 """A short sample over the limit by this factor is believed: the full-length one would not bring it under."""
-_ENTRY = "main"
 _CACHE_BYTES = 256 << 20
 _UNWRITTEN_INTEGER = 113
+_Result = TypeVar("_Result")
 DEVICE_FAULT = "device_fault"  # the worker's context is gone: restart it
 
 
@@ -128,14 +129,13 @@ class Worker:
         evaluator, limit_us = args["evaluator"], args.get("give_up_above_us")
         number, repeat = int(evaluator["number"]), int(evaluator["repeat"])
         min_repeat_ms = int(evaluator["min_repeat_ms"])
-        library = self._load(args["artifact"])
+        operator = self._load(args["artifact"])
         arguments = self._attempt(lambda: self._cache.get(args["args_info"]))
         device_s = 0.0
 
         def sample(number: int, repeat: int) -> list[float]:
             nonlocal device_s
-            timer = library.time_evaluator(_ENTRY, self._device, number=number, repeat=repeat, min_repeat_ms=0)
-            results = timer(*arguments).results
+            results = operator.times(arguments, self._device, number, repeat)
             device_s += number * sum(results)
             return [seconds * 1e6 for seconds in results]
 
@@ -181,13 +181,13 @@ class Worker:
 
     def _outputs(self, artifact: str, args_info: ArgsInfo, inputs: list[Array]) -> list[Array]:
         """Run once. Outputs start as NaN (integers: an odd value), so that one left unwritten shows."""
-        library = self._load(artifact)
+        operator = self._load(artifact)
 
         def run() -> list[Array]:
             self._cache.check(args_info)
             blank = [_unwritten(dtype, shape) for _kind, dtype, shape in args_info[len(inputs) :]]
             tensors = [tvm.runtime.tensor(array, self._device) for array in [*inputs, *blank]]
-            library[_ENTRY](*tensors)
+            operator(*tensors)
             self._device.sync()
             return [tensor.numpy() for tensor in tensors[len(inputs) :]]
 
@@ -201,7 +201,7 @@ class Worker:
                 ``seed``.
         """
         self._cache.clear()
-        loaded = [self._load(args[name]) for name in ("baseline", "tuned")]
+        loaded = [self._attempt(partial(load_library, Path(args[name]))) for name in ("baseline", "tuned")]
         try:
             return self._attempt(
                 lambda: measure_models(
@@ -220,13 +220,10 @@ class Worker:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # a model's weights can be hundreds of megabytes
 
-    def _load(self, path: str) -> Any:
-        if not path.endswith(".so"):
-            raise WorkError("internal", f"a worker loads shared libraries only, not {Path(path).name}")
-        # tvm.runtime.load_module keeps every library mapped for good: 20 KB and five mappings a trial.
-        return self._attempt(lambda: tvm_ffi.load_module(path, keep_module_alive=False))
+    def _load(self, path: str) -> Operator:
+        return self._attempt(lambda: load_operator(Path(path)))
 
-    def _attempt(self, action: Callable[[], Any]) -> Any:
+    def _attempt(self, action: Callable[[], _Result]) -> _Result:
         """Do something on the device; its errors become kinds of failure."""
         try:
             return action()
