@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
 import tempfile
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--trials", type=int, default=24, help="per operator (default: 24)")
     parser.add_argument("--variants", help="by commas (default: all)")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="seeds that would take longer are left out")
     parser.add_argument("--name", help="of the result file (default: ablations-cpu or ablations-cuda)")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the result file")
     arguments = parser.parse_args()
@@ -186,6 +189,7 @@ def main() -> None:
     variants = {**VARIANTS, **(GPU_VARIANTS if kind == "cuda" else {})}
     chosen = {name: {**ALL_ON, **variants[name]} for name in (arguments.variants or ",".join(variants)).split(",")}
 
+    began = time.monotonic()
     machine = results.machine()
     for_server = ["--device", arguments.device]
     if kind == "cuda":
@@ -205,6 +209,7 @@ def main() -> None:
             data_dir=past,
         )
         for seed in range(1, arguments.seeds + 1):  # seed by seed, so that drift of the machine hits all variants alike
+            seed_began = time.monotonic()
             for name, options in chosen.items():
                 print(f"seed {seed}, {name} ...", flush=True)
                 data_dir = Path(temporary) / "run"
@@ -220,6 +225,9 @@ def main() -> None:
                 )
                 shutil.rmtree(data_dir)
                 runs[name].append(convergence(run, found.job))
+            if 2 * time.monotonic() - seed_began - began > arguments.budget_s:
+                print(f"no time for more than {seed} of {arguments.seeds} seeds")
+                break
     rows, bar_us = summarise(runs)
     show(rows, bar_us)
     path = results.write(
