@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.ir import CallingConv
 
 SUFFIX = ".kernel"
+_LISTS = ("buffers", "launch_params", "extents")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,6 @@ def read_kernel(path: Path) -> tuple[KernelCall, bytes]:
 
 def _is_kernel(function: Any) -> bool:
     return int(function.attrs.get("calling_conv", 0)) == CallingConv.DEVICE_KERNEL_LAUNCH
-
-
-_LISTS = ("buffers", "launch_params", "extents")
 
 
 def _data_of(expression: Any) -> Any:
