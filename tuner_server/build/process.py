@@ -20,7 +20,7 @@ from tuner_core.errors import InvalidRecordError, TunerError, UsageError
 from tuner_core.model import FailureKind
 from tuner_server.build.compile import compile_module, prepare_for_target
 from tuner_server.processes.child import WorkError, one_line, serve
-from tuner_server.processes.heap import keep_freed_memory
+from tuner_server.processes.heap import keep_freed_memory, release_freed_memory
 from tuner_server.processes.limits import limit_resources, limited_processor_time
 
 _MODULES_KEPT = 32
@@ -156,4 +156,5 @@ def main(sock: socket.socket, config: dict[str, Any]) -> None:
             "reference": builder.reference,
             "model": builder.model,
         },
+        idle=release_freed_memory,
     )

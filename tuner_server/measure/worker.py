@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import os
@@ -26,6 +25,7 @@ from tuner_server.measure.loaded import Operator, load_library, load_operator
 from tuner_server.measure.memory import says_out_of_memory
 from tuner_server.measure.models import measure_models
 from tuner_server.processes.child import WorkError, one_line, serve
+from tuner_server.processes.heap import release_freed_memory
 
 _MARGIN = 1.05  # so that a sample is not shorter than asked for when the calls get faster
 _SURELY = 1.25
@@ -218,7 +218,7 @@ class Worker:
         finally:
             loaded.clear()
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # a model's weights can be hundreds of megabytes
+            release_freed_memory()  # a model's weights can be hundreds of megabytes
 
     def _load(self, path: str) -> Operator:
         return self._attempt(lambda: load_operator(Path(path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import socket
 import traceback
@@ -14,6 +15,8 @@ from tuner_server.processes import frames
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 _PR_SET_PDEATHSIG = 1
+IDLE_S = 1.0
+"""Without a request for so long a process has nothing to do."""
 
 
 class WorkError(Exception):
@@ -47,14 +50,15 @@ def cpu_s() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def serve(sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
+def serve(sock: socket.socket, handlers: Mapping[str, Handler], idle: Callable[[], None] | None = None) -> None:
     """Answer requests until the peer closes.
 
     Args:
         sock: Connected stream socket; requests are ``{"id", "op", "args"}``.
         handlers: One function per operation; it raises :class:`WorkError` for failures with a kind.
+        idle: Called once after a request (or the start) when no other has come within :data:`IDLE_S`.
     """
-    while (request := frames.receive(sock)) is not None:
+    while (request := _next_request(sock, idle)) is not None:
         reply: dict[str, Any] = {"id": request["id"]}
         before_s = cpu_s()
         try:
@@ -66,3 +70,9 @@ def serve(sock: socket.socket, handlers: Mapping[str, Handler]) -> None:
             reply["error"] = {"kind": "internal", "message": one_line(error)}
         reply["cpu_s"] = round(cpu_s() - before_s, 4)
         frames.send(sock, reply)
+
+
+def _next_request(sock: socket.socket, idle: Callable[[], None] | None) -> dict[str, Any] | None:
+    if idle is not None and not select.select([sock], [], [], IDLE_S)[0]:
+        idle()
+    return frames.receive(sock)
