@@ -78,8 +78,7 @@ def test_after_the_daemons_death_all_workers_return_and_neither_trial_nor_promot
 
             async def measured_despite(kill: Callable[[], None], measuring: Coroutine[Any, Any, Measurement]) -> None:
                 in_flight = asyncio.create_task(measuring)
-                while not any(worker.state == "measuring" for worker in fleet.workers()):
-                    await asyncio.sleep(0.01)
+                await until_measuring(fleet)
                 kill()
                 measured = await in_flight  # void, and measured again
                 assert measured.median_us > 0 and measured.neighbours == 0
@@ -104,6 +103,12 @@ def test_after_the_daemons_death_all_workers_return_and_neither_trial_nor_promot
     asyncio.run(body())
 
 
+async def until_measuring(fleet: WorkerFleet) -> None:
+    """Some worker measures."""
+    while not any(worker.state == "measuring" for worker in fleet.workers()):
+        await asyncio.sleep(0.01)
+
+
 def busy(fleet: WorkerFleet) -> int:
     """Process id of the worker that measures."""
     return next(worker.pid for worker in fleet.workers() if worker.state == "measuring")
@@ -123,21 +128,28 @@ def test_a_worker_that_hangs_is_replaced_and_its_neighbour_is_not(tmp_path: Path
     asyncio.run(body())
 
 
+async def one_ended_beside_another(
+    fleet: WorkerFleet, tmp_path: Path
+) -> tuple[Path, asyncio.Task[Measurement], asyncio.Task[Measurement]]:
+    """A kernel, its measurement, which has freed its worker, and the longer one that ran beside it and goes on."""
+    good = kernels.build("good", tmp_path, CPU)
+    slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
+    neighbour = asyncio.create_task(fleet.measure(slow))
+    await until_measuring(fleet)
+    free = asyncio.Event()
+    measured = asyncio.create_task(fleet.measure(kernels.request(good), free.set))
+    await free.wait()
+    return good, measured, neighbour
+
+
 def test_a_worker_is_free_before_its_measurement_counts_and_right_outputs_count_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neighbours, "SETTLE_S", 3600.0)  # so it is the neighbour's end that makes it count
-    good = kernels.build("good", tmp_path, CPU)
-    slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
 
     async def body() -> None:
         async with two_workers(tmp_path) as (fleet, _provider):
-            neighbour = asyncio.create_task(fleet.measure(slow))
-            while not any(worker.state == "measuring" for worker in fleet.workers()):
-                await asyncio.sleep(0.01)
-            free = asyncio.Event()
-            measured = asyncio.create_task(fleet.measure(kernels.request(good), free.set))
-            await free.wait()
+            good, measured, neighbour = await one_ended_beside_another(fleet, tmp_path)
             assert not measured.done() and not neighbour.done(), "the neighbour may still spoil it"
             checked = await fleet.check(good, kernels.ARGS_INFO, None, fallback=good)
             assert checked.verdict == "ok" and not neighbour.done()
@@ -150,19 +162,11 @@ def test_a_neighbours_end_makes_a_finished_measurement_void_and_it_is_made_again
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neighbours, "SETTLE_S", 3600.0)
-    good = kernels.build("good", tmp_path, CPU)
-    slow = MeasureRequest(libraries.build(libraries.calling("usleep", 300_000), tmp_path / "s.so"), VECTOR_ARGS)
 
     async def body() -> None:
         async with two_workers(tmp_path) as (fleet, _provider):
-            neighbour = asyncio.create_task(fleet.measure(slow))
-            while not any(worker.state == "measuring" for worker in fleet.workers()):
-                await asyncio.sleep(0.01)
-            victim = busy(fleet)
-            free = asyncio.Event()
-            measured = asyncio.create_task(fleet.measure(kernels.request(good), free.set))
-            await free.wait()
-            os.kill(victim, signal.SIGKILL)
+            _good, measured, neighbour = await one_ended_beside_another(fleet, tmp_path)
+            os.kill(busy(fleet), signal.SIGKILL)
             assert (await measured).neighbours == 0, "what was measured beside the lost one counts"
             assert (await neighbour).median_us > 0
             assert fleet.facts().voided == 1
