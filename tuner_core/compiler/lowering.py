@@ -15,35 +15,29 @@ from tuner_core.compiler.kernel_call import KernelCall, only_call
 
 
 @pass_instrument
-class _WithoutPassesThatAreRepeated:
+class _ForCandidates:
     """Skips the first of two simplifications of unrolled code, and the removal of statements without effect after it.
 
     The second one, in the passes of the device's side, finds the same: of 120 candidates 118 had the same source
     without the first, and the others an index or a bound of equal value written in another way.
+
+    Attributes:
+        before_host_code: All functions as they are before those of the host get a calling convention.
     """
 
     def __init__(self) -> None:
+        self.before_host_code: tvm.IRModule | None = None
         self._simplified = False
 
-    def should_run(self, _mod: tvm.IRModule, info: Any) -> bool:
+    def should_run(self, mod: tvm.IRModule, info: Any) -> bool:
+        if info.name == "tirx.MakePackedAPI":
+            self.before_host_code = mod
         if info.name == "tirx.RemoveNoOp":
             return False
         if info.name == "tirx.StmtSimplify" and not self._simplified:
             self._simplified = True
             return False
         return True
-
-
-@pass_instrument
-class _BeforeHostCode:
-    """Keeps all functions as they are before those of the host get a calling convention."""
-
-    def __init__(self) -> None:
-        self.mod: tvm.IRModule | None = None
-
-    def run_before_pass(self, mod: tvm.IRModule, info: Any) -> None:
-        if info.name == "tirx.MakePackedAPI":
-            self.mod = mod
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Lowered:
     Attributes:
         devices: Device functions by target.
         host: The host's target.
-        call: What the host functions do, where that is one kernel's launch.
+        call: What the host functions do, where that is one kernel's launch; not looked for where no pass is left out.
     """
 
     devices: dict[Target, tvm.IRModule]
@@ -85,16 +79,15 @@ def lower_parts(mod: tvm.IRModule, target: Target, *, checks: bool = False, all_
     mod = tirx.transform.BindTarget(target.with_host(host))(mod)
     pipeline, finalize_host, finalize_device = tirx.get_default_tir_pipeline(target)
     fewer = target.kind.name == "cuda" and not all_passes
-    before = _BeforeHostCode()
-    instruments = [_WithoutPassesThatAreRepeated()] if fewer else []
-    with tvm.transform.PassContext(config={"tirx.disable_cse_tir": fewer}, instruments=[*instruments, before]):
+    instruments = [_ForCandidates()] if fewer else []
+    with tvm.transform.PassContext(config={"tirx.disable_cse_tir": fewer}, instruments=instruments):
         mod = pipeline(mod)
         if not checks:
             mod = tirx.transform.SkipAssert()(mod)
     host_mod, device_mods = split_host_device_mods(mod)
     devices = {device: finalize_device()(device_mod) for device, device_mod in device_mods.items()}
-    call = only_call(before.mod) if before.mod is not None else None
-    return Lowered(devices, Target(host), call, host_mod, finalize_host)
+    before = next((instrument.before_host_code for instrument in instruments), None)
+    return Lowered(devices, Target(host), None if before is None else only_call(before), host_mod, finalize_host)
 
 
 def lower(

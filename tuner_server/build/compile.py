@@ -56,7 +56,7 @@ def compile_module(mod: tvm.IRModule, target: Target, output: Path) -> Path:
     with target:
         mod = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(mod)
         lowered = lower_parts(mod, target)
-        if lowered.call is not None and target.kind.name == "cuda":
+        if lowered.call is not None:
             return _write_kernel(lowered.call, lowered.devices, output.with_suffix(SUFFIX))
         library: Any = tir_to_runtime(lowered.host_functions(), lowered.devices, lowered.host)
     workspace = output.with_suffix(".link")
