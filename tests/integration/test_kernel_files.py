@@ -133,12 +133,13 @@ def test_a_worker_passes_each_parameter_its_buffer_and_then_the_extents(tmp_path
     from tuner_core.compiler.cuda_libraries import load_tvm_cuda_runtime
     from tuner_core.compiler.kernel_call import read_kernel
     from tuner_server.build.compile import compile_module
-    from tuner_server.measure.loaded import _Kernel
+    from tuner_server.measure.loaded import load_operator
 
     load_tvm_cuda_runtime(allow_stub=True)
-    call, cubin = read_kernel(compile_module(scripted(SWAPPED), target(), tmp_path / "built.so"))
+    path = compile_module(scripted(SWAPPED), target(), tmp_path / "built.so")
+    call, _ = read_kernel(path)
     arguments = [tvm.runtime.tensor(np.zeros(size, "float32")) for size in (256, 1024, 1024)]
-    passed = _Kernel(call, cubin)._passed(arguments)
+    passed = load_operator(path)._passed(arguments)
     pointers = [pointer.value for pointer in passed[: len(call.buffers)]]
     assert pointers == [arguments[at].data_ptr() for at in call.buffers]
     assert passed[len(pointers) :] == list(call.extents)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tvm_ffi
 
@@ -14,14 +15,28 @@ from tuner_core.compiler.kernel_call import SUFFIX, KernelCall, read_kernel
 _ENTRY = "main"
 
 
-class Operator(Protocol):
-    """What can be run and timed."""
+class Operator:
+    """What can be run and timed.
+
+    Args:
+        module: TVM's module of it.
+        entry: Function in the module.
+        passed: What the function is called with for an operator's arguments.
+    """
+
+    def __init__(self, module: Any, entry: str, passed: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
+        self._module = module
+        self._entry = entry
+        self._passed = passed
 
     def __call__(self, *arguments: Any) -> None:
         """Run once; on a GPU it may still run when this returns."""
+        self._module[self._entry](*self._passed(arguments))
 
     def times(self, arguments: Sequence[Any], device: Any, number: int, repeat: int) -> list[float]:
         """Seconds for each call, in ``repeat`` samples of ``number`` calls in a row."""
+        timer = self._module.time_evaluator(self._entry, device, number=number, repeat=repeat, min_repeat_ms=0)
+        return list(timer(*self._passed(arguments)).results)
 
 
 def load_operator(path: Path) -> Operator:
@@ -30,9 +45,10 @@ def load_operator(path: Path) -> Operator:
     Raises:
         Exception: What TVM or the system says of a file that is none.
     """
-    if path.suffix == SUFFIX:
-        return _Kernel(*read_kernel(path))
-    return _Library(load_library(path))
+    if path.suffix != SUFFIX:
+        return Operator(load_library(path), _ENTRY, tuple)
+    call, cubin = read_kernel(path)
+    return Operator(_kernel_module(call, cubin), call.kernel, partial(_pointers_and_extents, call))
 
 
 def load_library(path: Path) -> Any:
@@ -48,39 +64,16 @@ def load_library(path: Path) -> Any:
     return tvm_ffi.load_module(str(path), keep_module_alive=False)
 
 
-class _Library:
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __call__(self, *arguments: Any) -> None:
-        self._module[_ENTRY](*arguments)
-
-    def times(self, arguments: Sequence[Any], device: Any, number: int, repeat: int) -> list[float]:
-        timer = self._module.time_evaluator(_ENTRY, device, number=number, repeat=repeat, min_repeat_ms=0)
-        return list(timer(*arguments).results)
-
-
 @tvm_ffi.register_object("runtime.FunctionInfo")
 class _FunctionInfo(tvm_ffi.Object):
     """What TVM's CUDA runtime wants to know of a kernel; TVM has no Python class for it."""
 
 
-class _Kernel:
-    """Launched through TVM's CUDA runtime, like host code that TVM generates does it."""
+def _kernel_module(call: KernelCall, cubin: bytes) -> Any:
+    """TVM's CUDA runtime launches its kernel, as it does for host code that TVM generates."""
+    info = _FunctionInfo(call.kernel, [tvm_ffi.dtype("handle")] * len(call.buffers), call.launch_params, [])
+    return tvm_ffi.get_global_func("ffi.Module.create.cuda")(cubin, "cubin", {call.kernel: info}, {})
 
-    def __init__(self, call: KernelCall, cubin: bytes) -> None:
-        info = _FunctionInfo(call.kernel, [tvm_ffi.dtype("handle")] * len(call.buffers), call.launch_params, [])
-        create = tvm_ffi.get_global_func("ffi.Module.create.cuda")
-        self._call = call
-        self._module = create(cubin, "cubin", {call.kernel: info}, {})
 
-    def __call__(self, *arguments: Any) -> None:
-        self._module[self._call.kernel](*self._passed(arguments))
-
-    def times(self, arguments: Sequence[Any], device: Any, number: int, repeat: int) -> list[float]:
-        timer = self._module.time_evaluator(self._call.kernel, device, number=number, repeat=repeat, min_repeat_ms=0)
-        return list(timer(*self._passed(arguments)).results)
-
-    def _passed(self, arguments: Sequence[Any]) -> list[Any]:
-        pointers = [ctypes.c_void_p(arguments[at].data_ptr()) for at in self._call.buffers]
-        return [*pointers, *self._call.extents]
+def _pointers_and_extents(call: KernelCall, arguments: Sequence[Any]) -> list[Any]:
+    return [*(ctypes.c_void_p(arguments[at].data_ptr()) for at in call.buffers), *call.extents]
